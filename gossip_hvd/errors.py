@@ -1,0 +1,40 @@
+"""The errors of this library; each says what happened, where, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GossipError(Exception):
+    """Base of every error that this library raises on its own account."""
+
+
+class ConfigError(GossipError, ValueError):
+    """A setting, argument or environment variable that cannot work; raised before training."""
+
+
+class PlanError(GossipError, RuntimeError):
+    """A round that does not fit together: a send without its receive, weights that do not add up."""
+
+
+class StallError(GossipError, TimeoutError):
+    """A wait that outlasted its limit; names rank, round, segment and peer."""
+
+
+class PeerLostError(GossipError, ConnectionError):
+    """A transfer that the transport reports as failed: the peer or its link is gone."""
+
+
+def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:
+    """An error for a name that does not exist, with the nearest one that does.
+
+    Args:
+        what: the kind of thing that was named, such as ``"method"``.
+        value: what was given.
+        known: the names that exist.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ConfigError(f"unknown {what} {value!r}: known are {', '.join(names)}{hint}")

@@ -1,0 +1,106 @@
+"""The arithmetic of mixing: x ← x + Σⱼ wⱼ (rⱼ − s), in blocks that stay in the cache.
+
+``now`` is what the node holds at this moment, ``sent`` what it put on the wire, ``received`` what
+its peers put there. Where ``sent`` is ``now`` this is the plain x ← (1 − Σw) x + Σ wⱼ rⱼ and is
+computed so. Otherwise (sent earlier, or rounded for the wire) the difference form keeps the mean
+over all nodes exact: every s that one node subtracts is an r that another adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+BLOCK = 1 << 15
+"""Elements of one block: a few of them fit a core's second-level cache."""
+
+
+@lru_cache(maxsize=32)
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of that name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which values of ``dtype`` are summed: at least float32."""
+    return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+
+
+def combine(
+    now: Array, sent: Array, received: Sequence[Array], weights: Sequence[float], out: Array
+) -> None:
+    """``out ← now + Σⱼ weights[j] · (received[j] − sent)``.
+
+    Args:
+        now: 1-D, the values to update.
+        sent: 1-D, same length; pass ``now`` itself where nothing changed since the send.
+        received: one 1-D array a peer; floating, may be of a smaller dtype than ``now``.
+        weights: one a peer, in the same order.
+        out: 1-D, same dtype as ``now``; may be ``now``.
+    """
+    fresh = sent is now
+    if fresh and now.dtype == np.float32 and len(received) == 1 and received[0].dtype == now.dtype:
+        _combine_one(now, received[0], weights[0], out)
+        return
+    wide = accumulator(now.dtype)
+    total = np.empty(min(BLOCK, now.size), wide)
+    other = np.empty_like(total)
+    rest = wide.type(1.0 - sum(weights))
+    for start in range(0, now.size, BLOCK):
+        part = slice(start, min(start + BLOCK, now.size))
+        acc, tmp = total[: part.stop - start], other[: part.stop - start]
+        if fresh:
+            np.multiply(now[part], rest, out=acc, dtype=wide)
+        else:
+            acc[...] = 0
+        for values, weight in zip(received, weights, strict=True):
+            if fresh:
+                np.multiply(values[part], wide.type(weight), out=tmp, dtype=wide)
+            else:
+                np.subtract(values[part], sent[part], out=tmp, dtype=wide)
+                np.multiply(tmp, wide.type(weight), out=tmp)
+            np.add(acc, tmp, out=acc)
+        if not fresh:
+            np.add(acc, now[part], out=acc, dtype=wide)
+        out[part] = acc
+
+
+def _combine_one(now: Array, received: Array, weight: float, out: Array) -> None:
+    """The common case, one fresh float32 peer, with as few passes as possible."""
+    rest, share = np.float32(1.0 - weight), np.float32(weight)
+    scratch = np.empty(min(BLOCK, now.size), np.float32)
+    for start in range(0, now.size, BLOCK):
+        part = slice(start, min(start + BLOCK, now.size))
+        mine, theirs, tmp = now[part], received[part], scratch[: part.stop - start]
+        if weight == 0.5:
+            np.add(mine, theirs, out=tmp)
+            np.multiply(tmp, share, out=out[part])
+        else:
+            np.multiply(theirs, share, out=tmp)
+            np.multiply(mine, rest, out=out[part])
+            np.add(out[part], tmp, out=out[part])
+
+
+def mean(values: Sequence[Array], out: Array) -> None:
+    """``out ← (1/n) Σ values``, summed in float64 and rounded once.
+
+    Args:
+        values: 1-D arrays of one length.
+        out: 1-D, same length; may be one of ``values``.
+    """
+    total = np.empty(min(BLOCK, out.size), np.float64)
+    for start in range(0, out.size, BLOCK):
+        part = slice(start, min(start + BLOCK, out.size))
+        acc = total[: part.stop - start]
+        acc[...] = values[0][part]
+        for other in values[1:]:
+            np.add(acc, other[part], out=acc, dtype=np.float64)
+        np.divide(acc, len(values), out=acc)
+        out[part] = acc

@@ -1,0 +1,59 @@
+"""How an engine runs a method: seed, timing, wire; the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from gossip_hvd.errors import ConfigError, unknown
+from gossip_hvd.segments import LARGEST_MESSAGE
+from gossip_hvd.settings import setting
+
+TIMINGS = ("atc", "awc")
+WIRE_DTYPES = (None, "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every method shares.
+
+    Attributes:
+        seed: of every random choice.
+        timing: ``"atc"``: exchange after the local step; ``"awc"``: exchange under the next
+            forward and backward, merged at its end.
+        staleness: under AWC, for how many steps an exchange that has not arrived is let be.
+        wire_dtype: ``"bfloat16"`` or ``"float16"`` rounds float32 and float64 values on the wire;
+            the mean over nodes stays exact.
+        chunk_bytes: the largest message.
+    """
+
+    seed: int = 0
+    timing: str = "atc"
+    staleness: int = 0
+    wire_dtype: str | None = None
+    chunk_bytes: int = LARGEST_MESSAGE
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> EngineOptions:
+        """Take the engine's own options out of ``options``, leaving the method's.
+
+        Raises:
+            ConfigError: for a value that does not exist or cannot work.
+        """
+        taken = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options}
+        taken["seed"] = setting("SEED", taken.get("seed"))
+        made = cls(**taken)
+        if made.timing not in TIMINGS:
+            raise unknown("timing", made.timing, TIMINGS)
+        if made.wire_dtype not in WIRE_DTYPES:
+            raise unknown("wire_dtype", made.wire_dtype, [w for w in WIRE_DTYPES if w])
+        if made.staleness < 0 or (made.staleness and made.timing != "awc"):
+            raise ConfigError(
+                f"staleness={made.staleness} with timing={made.timing!r}: staleness is 0 or more "
+                "rounds, and only timing='awc' leaves an exchange in flight."
+            )
+        if not 64 <= made.chunk_bytes <= LARGEST_MESSAGE:
+            raise ConfigError(
+                f"chunk_bytes={made.chunk_bytes}: expected 64 to {LARGEST_MESSAGE} bytes."
+            )
+        return made

@@ -1,0 +1,131 @@
+"""Who moves a flight's bytes: the caller while it waits, or a thread while the caller computes.
+
+MPI moves nothing while Python computes unless somebody polls (no background progress in Open
+MPI). A flight is polled by one thread at a time; it changes hands only when nobody polls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+from gossip_hvd.errors import StallError
+from gossip_hvd.flight import Flight
+from gossip_hvd.transport import PAUSE
+
+Steps = Iterator[Flight]
+"""An operation under way: each item is the flight it waits for; polled by asking for the next."""
+
+
+class Progress(Protocol):
+    """Moves a late flight until it has arrived."""
+
+    def take(self, flight: Flight) -> None:
+        """Look after ``flight`` from now on."""
+
+    def arrived(self, flight: Flight) -> bool:
+        """True once ``flight`` may be landed; raises what went wrong under way."""
+
+    def close(self) -> None:
+        """Stop."""
+
+
+class CallerProgress:
+    """Moves a flight whenever the caller asks whether it has arrived."""
+
+    def take(self, flight: Flight) -> None:
+        """Nothing to prepare."""
+
+    def arrived(self, flight: Flight) -> bool:
+        """Poll once."""
+        if not flight.arrived:
+            flight.poll()
+        return flight.arrived
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class ThreadProgress:
+    """Moves a flight from a thread of its own, which sleeps while nothing is in flight."""
+
+    def __init__(self, pause: float = PAUSE) -> None:
+        self._pause = pause
+        self._flight: Flight | None = None
+        self._work = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="gossip-progress", daemon=True)
+        self._thread.start()
+
+    def take(self, flight: Flight) -> None:
+        """Poll ``flight`` from the thread until it has arrived."""
+        flight.hand_over()
+        self._flight = flight
+        self._idle.clear()
+        self._work.set()
+
+    def arrived(self, flight: Flight) -> bool:
+        """Wait a moment for the thread; True once it has let go of the flight."""
+        done = self._idle.wait(self._pause)
+        if self._error is not None:
+            raise self._error
+        return done
+
+    def close(self) -> None:
+        """End the thread; a flight under way is left where it is."""
+        self._closed = True
+        self._work.set()
+        self._thread.join(timeout=10.0)
+
+    def _run(self) -> None:
+        while True:
+            self._work.wait()
+            self._work.clear()
+            if self._closed:
+                return
+            try:
+                self._fly(self._flight)
+            except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+                self._error = error
+            self._flight = None
+            self._idle.set()
+
+    def _fly(self, flight: Flight | None) -> None:
+        while flight is not None and not flight.arrived and not self._closed:
+            before = flight.seat.record.count
+            flight.poll()
+            if flight.seat.record.count == before:
+                time.sleep(self._pause)
+        if flight is not None:
+            flight.hand_over()
+
+
+def drive(steps: Steps, limit: float) -> None:
+    """Run an operation to its end.
+
+    Args:
+        steps: the operation.
+        limit: seconds without any progress after which it fails.
+
+    Raises:
+        StallError: names rank, round, segment and peer of the first message that is missing.
+    """
+    last, since = -1, time.monotonic()
+    for flight in steps:
+        count = flight.seat.record.count
+        if count != last:
+            last, since = count, time.monotonic()
+            continue
+        waited = time.monotonic() - since
+        if waited > limit:
+            raise StallError(
+                f"no progress for {waited:.0f} s: {flight.describe()}. Is that rank still "
+                "training, with the same number of steps? The limit is "
+                "GOSSIP_HVD_STALL_TIMEOUT seconds."
+            )
+        time.sleep(0 if waited < PAUSE else PAUSE / 4)

@@ -1,0 +1,46 @@
+"""A ring buffer of the last events of one rank's transfers, for traces, profiles and post-mortems."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import NamedTuple
+
+
+class Event(NamedTuple):
+    """One thing that happened to a transfer.
+
+    Attributes:
+        time: seconds on this machine's monotonic clock.
+        what: ``post``, ``word``, ``send``, ``sent``, ``received``, ``mixed``, ``done`` …
+        flight: sequence number of the flight (see ``flight.py``).
+        stage: index of the stage in its round.
+        cell: index of the cell, or -1.
+        peer: world rank at the other end, or -1.
+        nbytes: bytes concerned.
+    """
+
+    time: float
+    what: str
+    flight: int
+    stage: int
+    cell: int = -1
+    peer: int = -1
+    nbytes: int = 0
+
+
+class Recorder:
+    """Keeps the last events; cheap enough to be always on (one tuple an event)."""
+
+    def __init__(self, capacity: int = 4096) -> None:
+        self.events: deque[Event] = deque(maxlen=capacity)
+        self.count = 0
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def __call__(
+        self, what: str, flight: int, stage: int, cell: int = -1, peer: int = -1, nbytes: int = 0
+    ) -> None:
+        """Note that ``what`` happened now."""
+        self.count += 1
+        self.events.append(Event(time.monotonic(), what, flight, stage, cell, peer, nbytes))

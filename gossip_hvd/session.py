@@ -1,0 +1,250 @@
+"""The job as this process sees it: started by ``init``, ended by ``shutdown``, one at a time."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+from gossip_hvd import __version__
+from gossip_hvd.agreement import require_agreement
+from gossip_hvd.errors import ConfigError, unknown
+from gossip_hvd.node import Cluster
+from gossip_hvd.settings import PREFIX, SCOPES, VARIABLES, refuse_unknown, setting
+from gossip_hvd.transport import mpi
+from gossip_hvd.transport.mpi import World
+
+log = logging.getLogger("gossip_hvd")
+
+EXIT_CODE = 1
+"""What the job ends with when a rank raises."""
+
+
+class Horovod(Protocol):
+    """The part of a ``horovod.<framework>`` module that starting a job needs."""
+
+    def init(self, comm: Any = None, process_sets: Any = None) -> Any:
+        """Start Horovod on a communicator."""
+
+    def shutdown(self) -> Any:
+        """Stop it."""
+
+    def is_initialized(self) -> bool:
+        """Whether it runs."""
+
+    def rank(self) -> int:
+        """Rank in Horovod's world."""
+
+    def size(self) -> int:
+        """Size of Horovod's world."""
+
+
+@dataclass
+class Session:
+    """One initialised job.
+
+    Attributes:
+        world: all ranks.
+        cluster: the nodes.
+        scope: ``"node"`` or ``"world"``.
+        node_comm: the communicator of this rank's node.
+        arguments: what ``init`` was called with.
+        process_sets: by framework, this node's Horovod process set; None for a node of one rank.
+        frameworks: by name, the Horovod modules that run.
+        closers: called in order at shutdown, while all ranks are still there.
+    """
+
+    world: World
+    cluster: Cluster
+    scope: str
+    node_comm: Any
+    arguments: dict[str, Any]
+    process_sets: dict[str, Any] = field(default_factory=dict)
+    frameworks: dict[str, Horovod] = field(default_factory=dict)
+    closers: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def node(self) -> int:
+        """This rank's node."""
+        return self.cluster.node_of(self.world.rank)
+
+    @property
+    def node_ranks(self) -> tuple[int, ...]:
+        """World ranks of this rank's node."""
+        return self.cluster.nodes[self.node]
+
+
+_session: Session | None = None
+
+
+def current() -> Session:
+    """The running session.
+
+    Raises:
+        ConfigError: before ``init``.
+    """
+    if _session is None:
+        raise ConfigError("gossip_hvd has not been initialised: call hvd.init() first.")
+    return _session
+
+
+def is_initialized() -> bool:
+    """Whether ``init`` has been called and ``shutdown`` has not."""
+    return _session is not None
+
+
+def init(
+    framework: str,
+    hvd: Horovod,
+    comm: Any = None,
+    process_sets: Any = None,
+    *,
+    horovod_scope: str | None = None,
+    node_size: int | None = None,
+) -> None:
+    """Start MPI, find the nodes, and start Horovod inside the node or across the world.
+
+    Args:
+        framework: ``"torch"`` or ``"tensorflow"``; each has a Horovod of its own.
+        hvd: its module.
+        comm: an mpi4py communicator or a list of world ranks; by default all.
+        process_sets: further Horovod process sets, in scope ``"world"`` only.
+        horovod_scope: ``"node"`` or ``"world"``; else ``GOSSIP_HVD_SCOPE``, else ``"node"``.
+        node_size: ranks of a virtual node; else ``GOSSIP_HVD_NODE_SIZE``, else physical nodes.
+
+    Raises:
+        ConfigError: for a setting that cannot work, or one that differs between ranks.
+    """
+    global _session
+    arguments = {
+        "comm": comm if not isinstance(comm, Sequence) else list(comm),
+        "process_sets": process_sets,
+        "horovod_scope": setting("SCOPE", horovod_scope),
+        "node_size": setting("NODE_SIZE", node_size),
+    }
+    if _session is None:
+        if hvd.is_initialized():
+            raise ConfigError(
+                "Horovod is already initialised: replace `import horovod.… as hvd` by "
+                "`import gossip_hvd.… as hvd` and call only its init()."
+            )
+        _session = _start(arguments)
+        atexit.register(shutdown)
+    elif arguments != _session.arguments:
+        changed = [key for key in arguments if arguments[key] != _session.arguments[key]]
+        raise ConfigError(
+            f"init() was called before with another {changed[0]}: "
+            f"{_session.arguments[changed[0]]!r}, now {arguments[changed[0]]!r}. "
+            "Call shutdown() first, or init() only once."
+        )
+    if framework not in _session.frameworks:
+        _start_horovod(_session, framework, hvd, process_sets)
+
+
+def shutdown() -> None:
+    """Wait for all ranks, then stop Horovod and give everything back; a second call does nothing."""
+    global _session
+    session, _session = _session, None
+    if session is None:
+        return
+    atexit.unregister(shutdown)
+    for closer in session.closers:
+        closer()
+    # A fast rank may not close Horovod or MPI under a slow one.
+    session.world.barrier("shutdown")
+    for hvd in session.frameworks.values():
+        hvd.shutdown()
+    session.node_comm.Free()
+    session.world.free()
+
+
+def _start(arguments: dict[str, Any]) -> Session:
+    refuse_unknown()
+    scope = arguments["horovod_scope"]
+    if scope not in SCOPES:
+        raise unknown("horovod_scope", scope, SCOPES)
+    if scope == "node" and arguments["process_sets"] is not None:
+        raise ConfigError(
+            "process_sets need horovod_scope='world': in scope 'node' Horovod knows the ranks of "
+            "one node only."
+        )
+    MPI = mpi.start()
+    _abort_on_errors(MPI)
+    comm = arguments["comm"]
+    if comm is None:
+        comm = MPI.COMM_WORLD
+    elif isinstance(comm, list):
+        comm = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(comm))
+    world = World(MPI, comm, setting("STALL_TIMEOUT"))
+    node_size = arguments["node_size"]
+    require_agreement(
+        world,
+        "init",
+        {
+            "the version of gossip_hvd": __version__,
+            "the version of MPI": MPI.Get_library_version(),
+            "horovod_scope": scope,
+            "node_size": node_size,
+            **{PREFIX + name: os.environ.get(PREFIX + name) for name in VARIABLES},
+        },
+    )
+    cluster = (
+        Cluster.by_host(world.hosts)
+        if node_size is None
+        else Cluster.grouped(world.size, node_size)
+    )
+    node_comm = world.split(cluster.node_of(world.rank))
+    if len(cluster.nodes) == 1 and world.rank == 0:
+        log.warning("gossip_hvd: one node of %d rank(s): there is nobody to gossip with.", world.size)
+    return Session(world, cluster, scope, node_comm, arguments)
+
+
+def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any) -> None:
+    node = list(session.node_ranks)
+    if session.scope == "node":
+        hvd.init(comm=session.node_comm)
+        expected = (node.index(session.world.rank), len(node))
+        session.process_sets[framework] = hvd.global_process_set if len(node) > 1 else None
+    else:
+        nodes = session.cluster.nodes
+        ours = [hvd.ProcessSet(list(ranks)) for ranks in nodes] if len(nodes) > 1 else []
+        by_ranks = {tuple(s.ranks): s for s in process_sets or () if s.ranks}
+        extra = [s for s in process_sets or () if tuple(s.ranks or ()) not in set(nodes)]
+        sets = [by_ranks.get(ranks, s) for ranks, s in zip(nodes, ours, strict=False)]
+        hvd.init(comm=session.world.comm, process_sets=[*sets, *extra] or None)
+        expected = (session.world.rank, session.world.size)
+        mine = sets[session.node] if sets else hvd.global_process_set
+        session.process_sets[framework] = mine if len(node) > 1 else None
+    if (hvd.rank(), hvd.size()) != expected:
+        raise ConfigError(
+            f"Horovod says rank {hvd.rank()} of {hvd.size()}, MPI says {expected[0]} of "
+            f"{expected[1]}: Horovod and mpi4py use different MPI libraries. Rebuild Horovod "
+            "against the MPI that mpi4py loads (make setup does)."
+        )
+    session.frameworks[framework] = hvd
+
+
+def _abort_on_errors(MPI: Any) -> None:
+    """One rank's uncaught exception ends the whole job, its own traceback on top."""
+    if getattr(sys.excepthook, "ends_the_job", False):
+        return
+
+    def end_the_job(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        rank = MPI.COMM_WORLD.Get_rank()
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        sys.stdout.flush()
+        sys.stderr.write(f"\ngossip_hvd: rank {rank} raised; the job ends.\n{lines}")
+        sys.stderr.flush()
+        if MPI.COMM_WORLD.Get_size() > 1 and not MPI.Is_finalized():
+            MPI.COMM_WORLD.Abort(EXIT_CODE)
+
+    end_the_job.ends_the_job = True  # type: ignore[attr-defined]
+    sys.excepthook = end_the_job

@@ -1,0 +1,89 @@
+"""Environment variables: their names, their types, their defaults; arguments beat them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gossip_hvd.errors import ConfigError, unknown
+
+PREFIX = "GOSSIP_HVD_"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable.
+
+    Attributes:
+        parse: from text; a ValueError means bad text.
+        default: used where neither argument nor environment says anything.
+        expected: what a good value is, for errors and documents.
+        meaning: one line.
+    """
+
+    parse: Callable[[str], Any]
+    default: Any
+    expected: str
+    meaning: str
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+SCOPES = ("node", "world")
+
+VARIABLES: dict[str, Variable] = {
+    "SCOPE": Variable(str, "node", " or ".join(SCOPES), "where Horovod lives"),
+    "NODE_SIZE": Variable(_positive, None, "a number of ranks", "ranks of a virtual node"),
+    "METHOD": Variable(str, "crossover", "the name of a method", "how nodes train together"),
+    "SEED": Variable(int, 0, "an integer", "seed of every random choice of peers"),
+    "STALL_TIMEOUT": Variable(
+        _seconds, 300.0, "a number of seconds", "how long a wait may be without any progress"
+    ),
+}
+
+
+def setting(name: str, argument: Any = None, environ: Mapping[str, str] | None = None) -> Any:
+    """The value of a setting: the argument, else the environment's, else the default.
+
+    Args:
+        name: without the prefix, such as ``"SCOPE"``.
+        argument: what the caller was given; None where nothing was.
+        environ: instead of ``os.environ``.
+
+    Raises:
+        ConfigError: where the environment's text is not of the expected kind.
+    """
+    variable = VARIABLES[name]
+    if argument is not None:
+        return argument
+    text = (os.environ if environ is None else environ).get(PREFIX + name)
+    if text is None:
+        return variable.default
+    try:
+        return variable.parse(text)
+    except ValueError:
+        raise ConfigError(
+            f"{PREFIX}{name}={text!r}: expected {variable.expected}. "
+            "Correct or unset the environment variable."
+        ) from None
+
+
+def refuse_unknown(environ: Mapping[str, str] | None = None) -> None:
+    """Raise for a variable with our prefix that does not exist, naming the nearest that does."""
+    for key in os.environ if environ is None else environ:
+        if key.startswith(PREFIX) and key[len(PREFIX) :] not in VARIABLES:
+            raise unknown("environment variable", key, [PREFIX + name for name in VARIABLES])

@@ -1,0 +1,132 @@
+"""The real engine on many virtual ranks of one process: experiments and tests without a cluster."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from gossip_hvd.engine import Engine
+from gossip_hvd.errors import StallError
+from gossip_hvd.flight import Seat
+from gossip_hvd.methods import Method
+from gossip_hvd.mixing import Array, dtype_of
+from gossip_hvd.node import Cluster
+from gossip_hvd.progress import Steps
+from gossip_hvd.rounds import GRADIENTS, MOMENTUM, WEIGHTS
+from gossip_hvd.segments import Layout
+from gossip_hvd.transport import Bytes
+from gossip_hvd.transport.memory import Switchboard
+
+Update = Callable[[int, Array], None]
+"""The local step of one node: changes its flat weights in place."""
+
+
+class PlainMemory(dict[str, Bytes]):
+    """Payload slots that are their own tensors."""
+
+    def load(self, slots: Iterable[str]) -> None:
+        """Nothing to copy."""
+
+    def save(self, slots: Iterable[str]) -> None:
+        """Nothing to copy."""
+
+
+class Simulation:
+    """All ranks of a job, taking turns.
+
+    Args:
+        cluster: the nodes.
+        method: how they train together.
+        layout: of the model; of one dtype, so that ``weights`` is one array a rank.
+        seed: of the method's choices and of the order in which ranks and messages move.
+        slots: payload slots to allocate beside the weights.
+        options: further arguments of ``Engine`` and ``Seat`` (``timing``, ``staleness``,
+            ``wire_dtype``, ``largest``).
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        method: Method,
+        layout: Layout,
+        *,
+        seed: int = 0,
+        order: int = 0,
+        slots: Sequence[str] = (GRADIENTS, MOMENTUM),
+        timing: str = "atc",
+        staleness: int = 0,
+        wire_dtype: str | None = None,
+        largest: int | None = None,
+    ) -> None:
+        self.cluster, self.layout = cluster, layout
+        self._random = random.Random(order)
+        self.board = Switchboard(cluster.size, seed=order)
+        self._dtype = dtype_of(layout.fields[0].dtype)
+        self.engines: list[Engine] = []
+        for rank in range(cluster.size):
+            memory = PlainMemory(
+                (slot, np.zeros(layout.nbytes, np.uint8)) for slot in (WEIGHTS, *slots)
+            )
+            seat = Seat(cluster, rank, layout, self.board.wire(rank), memory)
+            seat = Seat(
+                cluster,
+                rank,
+                layout,
+                self.board.wire(rank),
+                memory,
+                {name: np.zeros(seat.share.nbytes, np.uint8) for name in method.arrays},
+                wire_dtype,
+                **({} if largest is None else {"largest": largest}),
+            )
+            self.engines.append(
+                Engine(seat, method, seed=seed, timing=timing, staleness=staleness)
+            )
+
+    def values(self, rank: int, slot: str = WEIGHTS) -> Array:
+        """One rank's flat values of a slot, padding included; writable."""
+        return self.engines[rank].seat.memory[slot].view(self._dtype)
+
+    def nodes(self, slot: str = WEIGHTS) -> Array:
+        """Every node's values, a row a node (of its first rank); a copy."""
+        return np.stack([self.values(ranks[0], slot) for ranks in self.cluster.nodes])
+
+    def fill(self, rows: Array, slot: str = WEIGHTS) -> None:
+        """Give every rank its node's row."""
+        for node, ranks in enumerate(self.cluster.nodes):
+            for rank in ranks:
+                self.values(rank, slot)[...] = rows[node]
+
+    def step(self, update: Update | None = None) -> None:
+        """One training step of every node."""
+        for rank, engine in enumerate(self.engines):
+            if update is not None:
+                update(self.cluster.node_of(rank), self.values(rank))
+            engine.reduced()
+        self.run([engine.step() for engine in self.engines])
+
+    def drain(self) -> None:
+        """Run what is owed and land what is in flight."""
+        self.run([engine.drain() for engine in self.engines])
+
+    def average(self, slot: str = WEIGHTS) -> None:
+        """The exact mean everywhere."""
+        self.run([engine.average(slot) for engine in self.engines])
+
+    def run(self, operations: Sequence[Steps], turns: int = 10_000_000) -> None:
+        """Poll the ranks' operations in a random order until all are over.
+
+        Raises:
+            StallError: after ``turns`` polls.
+        """
+        going = dict(enumerate(operations))
+        for _ in range(turns):
+            if not going:
+                return
+            rank = self._random.choice(list(going))
+            if next(going[rank], None) is None:
+                del going[rank]
+        rank, engine = next((r, self.engines[r]) for r in going)
+        waiting = engine._flying.describe() if engine._flying else f"rank {rank}"
+        raise StallError(f"simulation stopped after {turns} polls: {waiting}")

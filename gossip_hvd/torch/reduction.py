@@ -1,0 +1,185 @@
+"""Average a node's gradients with Horovod while backward runs, and say when that is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd import Variable
+
+import horovod.torch as hvd
+
+Named = tuple[str, torch.Tensor]
+NATIVE = {torch.float16, torch.float32, torch.float64}
+
+
+@dataclass(frozen=True)
+class ReductionOptions:
+    """Horovod's own arguments, with Horovod's meaning, inside the node."""
+
+    compression: Any = hvd.Compression.none
+    backward_passes_per_step: int = 1
+    op: Any = hvd.Average
+    gradient_predivide_factor: float = 1.0
+    sparse_as_dense: bool = False
+    groups: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass
+class _Bundle:
+    """Parameters whose gradients are reduced by one Horovod operation."""
+
+    members: list[Named]
+    ready: set[int] = field(default_factory=set)
+    launched: Any = None
+
+
+class NodeReduction:
+    """Hooks on parameters that reduce gradients as they appear.
+
+    Args:
+        named: every parameter with a name unique in the model, equal on all ranks.
+        options: Horovod's.
+        process_set: the node's; None for a node of one rank, which has nothing to reduce.
+        scale: what every averaged gradient is multiplied by (see ``Cluster.gradient_scale``).
+        prefix: makes operation names unique among optimizers.
+        completed: called at the end of each backward that completed a reduction.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[Named],
+        options: ReductionOptions,
+        process_set: Any,
+        scale: float,
+        prefix: str,
+        completed: Callable[[], None],
+    ) -> None:
+        self.options, self._process_set, self._scale = options, process_set, scale
+        self.passes = options.backward_passes_per_step
+        self._prefix, self._completed = prefix, completed
+        self._bundles = _bundles(named, options.groups)
+        self._bundle_of = {id(p): b for b in self._bundles for _, p in b.members}
+        self._hooked: dict[int, Any] = {}
+        self._done_passes = 0
+        self._backward = -1
+        self.hook_new()
+
+    @property
+    def parameters(self) -> Iterable[torch.Tensor]:
+        """All parameters, hooked or not."""
+        return (p for bundle in self._bundles for _, p in bundle.members)
+
+    def hook_new(self) -> None:
+        """Hook parameters that want gradients and have no hook yet; cheap to call often."""
+        for parameter in self.parameters:
+            if parameter.requires_grad and id(parameter) not in self._hooked:
+                hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                self._hooked[id(parameter)] = hook
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for hook in self._hooked.values():
+            hook.remove()
+        self._hooked.clear()
+
+    def _on_gradient(self, parameter: torch.Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if self._backward != backward:
+            # Runs once all gradients of this backward exist, as in PyTorch's own DDP. A backward
+            # that raised never gets there, hence its number instead of a flag.
+            Variable._execution_engine.queue_callback(self._at_end_of_backward)
+            self._backward = backward
+        if self._done_passes + 1 < self.passes:
+            return
+        bundle = self._bundle_of[id(parameter)]
+        bundle.ready.add(id(parameter))
+        if bundle.launched is None and len(bundle.ready) == len(bundle.members):
+            self._launch(bundle)
+
+    def _at_end_of_backward(self) -> None:
+        self._backward = -1
+        self._done_passes += 1
+        if self._done_passes < self.passes:
+            return
+        self._done_passes = 0
+        self.hook_new()
+        waiting = [b for b in self._bundles if any(p.requires_grad for _, p in b.members)]
+        for bundle in waiting:
+            if bundle.launched is None:
+                self._launch(bundle)
+        for bundle in waiting:
+            self._finish(bundle)
+        self._completed()
+
+    def _launch(self, bundle: _Bundle) -> None:
+        """Start to reduce; a gradient that this rank did not compute counts as zero."""
+        members = [(n, p) for n, p in bundle.members if p.requires_grad]
+        tensors, contexts = [], []
+        for name, parameter in members:
+            tensor, context = self._prepare(name, parameter)
+            tensors.append(tensor)
+            contexts.append(context)
+        handle = None
+        if self._process_set is not None:
+            options = self.options
+            factor = options.gradient_predivide_factor
+            average = options.op == hvd.Average
+            arguments = {
+                "name": f"{self._prefix}.{members[0][0]}",
+                "op": options.op,
+                "prescale_factor": 1.0 / factor if average else 1.0,
+                "postscale_factor": factor if average else 1.0,
+                "process_set": self._process_set,
+            }
+            if len(tensors) == 1:
+                handle = hvd.allreduce_async_(tensors[0], **arguments)
+            else:
+                handle = hvd.grouped_allreduce_async_(tensors, **arguments)
+        bundle.launched = (handle, members, tensors, contexts)
+
+    def _prepare(self, name: str, parameter: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """What Horovod reduces in place for one gradient."""
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradient = parameter.grad
+        if gradient.is_sparse:
+            if not self.options.sparse_as_dense:
+                raise ValueError(
+                    f"the gradient of {name!r} is sparse: pass sparse_as_dense=True to "
+                    "DistributedOptimizer, or build the embedding with sparse=False."
+                )
+            gradient = parameter.grad = gradient.to_dense()
+        if self._process_set is None:
+            return gradient, None
+        tensor = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        if tensor.dtype not in NATIVE:  # Horovod has no bfloat16
+            tensor = tensor.float()
+        compressed, context = self.options.compression.compress(tensor)
+        return compressed.contiguous(), context
+
+    def _finish(self, bundle: _Bundle) -> None:
+        handle, members, tensors, contexts = bundle.launched
+        bundle.launched = None
+        bundle.ready.clear()
+        if handle is not None:
+            hvd.synchronize(handle)
+        for (_, parameter), tensor, context in zip(members, tensors, contexts, strict=True):
+            gradient = parameter.grad
+            if handle is not None:
+                target = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+                result = self.options.compression.decompress(tensor, context)
+                if result.data_ptr() != target.data_ptr():
+                    target.copy_(result)
+            if self._scale != 1.0:
+                gradient.mul_(self._scale)
+
+
+def _bundles(named: Sequence[Named], groups: Sequence[Sequence[str]]) -> list[_Bundle]:
+    """The user's groups, and every other parameter alone."""
+    by_name = dict(named)
+    grouped = {name for group in groups for name in group}
+    bundles = [_Bundle([(name, by_name[name]) for name in group]) for group in groups]
+    return bundles + [_Bundle([(n, p)]) for n, p in named if n not in grouped]

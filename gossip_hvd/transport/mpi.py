@@ -1,0 +1,175 @@
+"""MPI: how it is started, a wire over its point-to-point, and small collectives that never hang.
+
+The only importer of mpi4py. Open MPI's own defaults are kept but for two, each found by
+measurement on slow links and each left alone where the user has set it (see ``TUNING``).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossip_hvd.errors import ConfigError, PeerLostError, StallError
+from gossip_hvd.transport import PAUSE, Bytes
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+TUNING = {
+    # No PUT: its control messages queue behind bulk data of the other direction.
+    "OMPI_MCA_btl_tcp_flags": "9",
+    # Small socket buffers keep the bytes of an old round out of the way of a new one.
+    "OMPI_MCA_btl_tcp_sndbuf": "262144",
+    # Ranks that wait give their core away; several ranks often share one.
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+}
+
+
+def start() -> Any:
+    """Import and so initialise MPI with full thread support; returns the MPI module.
+
+    Raises:
+        ConfigError: where MPI came up, or was brought up before us, without thread support.
+    """
+    for name, value in TUNING.items():
+        os.environ.setdefault(name, value)
+    import mpi4py
+
+    mpi4py.rc.thread_level = "multiple"
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise ConfigError(
+            "MPI runs without MPI_THREAD_MULTIPLE, which Horovod's and our own threads need: "
+            "call init() before anything else starts MPI, and use an MPI built with threads."
+        )
+    return MPI
+
+
+class MpiWire:
+    """Point-to-point messages on a communicator of our own; see ``transport.Wire``."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        from mpi4py import MPI
+
+        self._comm, self._mpi = comm, MPI
+        self.rank = comm.Get_rank()
+
+    def send(self, peer: int, tag: int, data: Bytes) -> MPI.Request:
+        """Start to send."""
+        return self._comm.Isend([data, self._mpi.BYTE], peer, tag)
+
+    def receive(self, peer: int, tag: int, data: Bytes) -> MPI.Request:
+        """Start to receive."""
+        return self._comm.Irecv([data, self._mpi.BYTE], peer, tag)
+
+    def test(self, handles: list[MPI.Request]) -> list[int]:
+        """Positions of the requests that have just completed."""
+        try:
+            return self._mpi.Request.Testsome(handles) or []
+        except self._mpi.Exception as error:
+            raise PeerLostError(
+                f"rank {self.rank}: MPI reports a failed transfer: {error.Get_error_string()}. "
+                "A peer has ended or its link is gone, or both ends differ in what they exchange."
+            ) from error
+
+
+class World:
+    """All ranks of the job: who they are, and collectives with a time limit.
+
+    Args:
+        mpi: the MPI module, from ``start``.
+        comm: the ranks that take part; duplicated, so that nobody else's messages mix with ours.
+        limit: seconds a collective may take.
+    """
+
+    def __init__(self, mpi: Any, comm: MPI.Intracomm, limit: float) -> None:
+        self._mpi, self.limit = mpi, limit
+        self.comm: MPI.Intracomm = comm.Dup()
+        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+        local = self.comm.Split_type(mpi.COMM_TYPE_SHARED, self.rank)
+        self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
+        leader = local.bcast(self.rank, 0)
+        self.hosts = [str(host) for host in self.comm.allgather(leader)]
+        cross = self.comm.Split(self.local_rank, self.rank)
+        self.cross_rank, self.cross_size = cross.Get_rank(), cross.Get_size()
+        local.Free()
+        cross.Free()
+
+    def wire(self) -> MpiWire:
+        """A wire with a communicator of its own; collective."""
+        return MpiWire(self.comm.Dup())
+
+    def split(self, color: int) -> MPI.Intracomm:
+        """The communicator of the ranks that give the same color; collective."""
+        return self.comm.Split(color, self.rank)
+
+    def allgather(self, data: bytes, what: str) -> list[bytes]:
+        """Every rank's ``data``, by rank."""
+        mine = np.frombuffer(data, np.uint8)
+        sizes = np.empty(self.size, np.int64)
+        self._wait(self.comm.Iallgather(np.array([mine.size], np.int64), sizes), what)
+        total = np.empty(int(sizes.sum()), np.uint8)
+        starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+        self._wait(
+            self.comm.Iallgatherv(mine, [total, sizes.tolist(), starts.tolist(), self._mpi.BYTE]),
+            what,
+        )
+        return [total[a : a + n].tobytes() for a, n in zip(starts, sizes, strict=True)]
+
+    def broadcast(self, data: Bytes, root: int, what: str) -> None:
+        """Overwrite ``data``, of equal size on every rank, with the root's."""
+        step = 1 << 30
+        for start in range(0, data.size, step):
+            part = [data[start : start + step], self._mpi.BYTE]
+            self._wait(self.comm.Ibcast(part, root), what)
+
+    def reduce(self, values: NDArray[Any], op: str, what: str) -> None:
+        """Overwrite an array, of equal shape on every rank, with its reduction over all ranks.
+
+        Args:
+            values: contiguous, of a dtype that MPI knows.
+            op: ``"SUM"``, ``"MIN"``, ``"MAX"`` or ``"PROD"``.
+            what: named in the error of a stall.
+        """
+        operation = getattr(self._mpi, op)
+        self._wait(self.comm.Iallreduce(self._mpi.IN_PLACE, values, operation), what)
+
+    def sum(self, values: Sequence[float], what: str) -> NDArray[np.float64]:
+        """The sum over all ranks of a few numbers, added in the order of ranks everywhere."""
+        mine = np.asarray(values, np.float64)
+        every = np.empty((self.size, mine.size), np.float64)
+        self._wait(self.comm.Iallgather(mine, every), what)
+        return every.sum(axis=0)
+
+    def barrier(self, what: str) -> None:
+        """Return when every rank has come here."""
+        self._wait(self.comm.Ibarrier(), what)
+
+    def abort(self, code: int) -> None:
+        """End the whole job now."""
+        self._mpi.COMM_WORLD.Abort(code)
+
+    def free(self) -> None:
+        """Give the communicator back; collective."""
+        if not self._mpi.Is_finalized():
+            self.comm.Free()
+
+    def _wait(self, request: MPI.Request, what: str) -> None:
+        since = time.monotonic()
+        while not request.Test():
+            waited = time.monotonic() - since
+            if waited > self.limit:
+                raise StallError(
+                    f"rank {self.rank} waited {waited:.0f} s for all {self.size} ranks at: {what}. "
+                    "Some rank has not come here: is it still computing, or has it left? "
+                    "The limit is GOSSIP_HVD_STALL_TIMEOUT seconds."
+                )
+            time.sleep(0 if waited < PAUSE else PAUSE / 4)
