@@ -11,14 +11,13 @@ from copy import copy
 import numpy as np
 
 from gossip_hvd.errors import ConfigError
-from gossip_hvd.flight import Flight, Memory, Seat
+from gossip_hvd.flight import Flight, Seat
+from gossip_hvd.memory import Memory
 from gossip_hvd.methods.contract import Method
 from gossip_hvd.mixing import dtype_of
 from gossip_hvd.progress import CallerProgress, Progress, Steps
 from gossip_hvd.rounds import WEIGHTS, exact_mean
 from gossip_hvd.transport import Bytes
-
-
 
 
 class Engine:
@@ -56,9 +55,7 @@ class Engine:
             )
         self.seat, self.method = seat, method
         self.timing, self.staleness = timing, staleness
-        self.state = method.start(
-            len(seat.cluster.nodes), len(seat.layout.segments), seed
-        )
+        self.state = method.start(len(seat.cluster.nodes), len(seat.layout.segments), seed)
         self.number = self.owed = 0
         self.loss: float | None = None
         self._sequence = 0

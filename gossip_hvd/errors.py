@@ -15,7 +15,7 @@ class ConfigError(GossipError, ValueError):
 
 
 class PlanError(GossipError, RuntimeError):
-    """A round that does not fit together: a send without its receive, weights that do not add up."""
+    """A round that does not fit together: a send without its receive, say."""
 
 
 class StallError(GossipError, TimeoutError):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gossip_hvd.gather import Gather
+from gossip_hvd.memory import Memory
 from gossip_hvd.methods.contract import Arrival, Method, State
 from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.node import Cluster
@@ -25,22 +26,6 @@ from gossip_hvd.transport.exchange import Exchange, Message, tag_of
 
 Key = tuple[str, int]
 """A slot and the index of a cell in the stage's grid."""
-
-
-class Memory(Protocol):
-    """The payload slots as flat bytes; an adapter's views of its tensors, or copies of them."""
-
-    def __getitem__(self, slot: str) -> Bytes:
-        """The bytes of one slot."""
-
-    def items(self) -> Iterable[tuple[str, Bytes]]:
-        """All slots."""
-
-    def load(self, slots: Iterable[str]) -> None:
-        """Bring tensors into the flat bytes, where those are copies."""
-
-    def save(self, slots: Iterable[str]) -> None:
-        """Bring the flat bytes back into tensors, where those are copies."""
 
 
 class Arena:
@@ -328,9 +313,7 @@ class Flight:
         peer = self.seat.holder(stage.grid, cell, transfer.peer)
         return Message(peer, tag, data, (transfer.slot, cell.index), cell.index)
 
-    def _note_messages(
-        self, stage: Stage, receives: list[Message], sends: list[Message]
-    ) -> None:
+    def _note_messages(self, stage: Stage, receives: list[Message], sends: list[Message]) -> None:
         """Every rank of a node gets the note of each peer node, from the rank opposite it."""
         if not self.own_note.size:
             return
@@ -352,7 +335,9 @@ class Flight:
         if self.late or message.key is None:
             return
         if isinstance(message.key, int):  # a note: it opens every cell from that node
-            keys = [k for k, a in self._arrivals.items() if any(t.peer == message.key for t, _ in a)]
+            keys = [
+                k for k, a in self._arrivals.items() if any(t.peer == message.key for t, _ in a)
+            ]
         else:
             counts = message.key in self._open and (
                 what == "receive" or message.key in self._in_place

@@ -90,7 +90,7 @@ class ThreadProgress:
                 return
             try:
                 self._fly(self._flight)
-            except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            except BaseException as error:
                 self._error = error
             self._flight = None
             self._idle.set()

@@ -1,4 +1,4 @@
-"""A ring buffer of the last events of one rank's transfers, for traces, profiles and post-mortems."""
+"""A ring buffer of the last events of one rank's transfers, for profiles and post-mortems."""
 
 from __future__ import annotations
 

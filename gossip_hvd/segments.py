@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from gossip_hvd.errors import ConfigError
 
@@ -128,7 +129,9 @@ class Layout:
         order = {name: i for i, name in enumerate(dict.fromkeys(f.block for f in fields))}
         ordered = sorted(fields, key=lambda f: (order[f.block], f.dtype))
         offsets, nbytes = _offsets(ordered)
-        starts = [offsets[i] for i, f in enumerate(ordered) if not i or f.block != ordered[i - 1].block]
+        starts = [
+            offsets[i] for i, f in enumerate(ordered) if not i or f.block != ordered[i - 1].block
+        ]
         spans = zip(starts, [*starts[1:], nbytes], order, strict=True)
         return cls(tuple(ordered), offsets, nbytes, tuple(Span(*span) for span in spans))
 
@@ -144,11 +147,7 @@ class Layout:
         ordered = sorted(fields, key=lambda f: f.dtype)
         offsets, nbytes = _offsets(ordered)
         cuts = even_cuts(nbytes, count)
-        spans = tuple(
-            Span(a, b, f"bytes{i}")
-            for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
-            if b > a
-        )
+        spans = tuple(Span(a, b, f"bytes{i}") for i, (a, b) in enumerate(pairwise(cuts)) if b > a)
         return cls(tuple(ordered), offsets, nbytes, spans)
 
     @cached_property
@@ -185,7 +184,7 @@ class Layout:
         """
         sizes = set(node_sizes)
         cuts = even_cuts(self.nbytes, parts * max(sizes, default=1))
-        spans = [Span(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        spans = [Span(a, b) for a, b in pairwise(cuts)]
         grid = self._grid(spans, [i % parts for i in range(len(spans))], sizes, LARGEST_MESSAGE)
         return Grid(grid.cells, tuple(f"part {j}" for j in range(parts)))
 
@@ -203,7 +202,7 @@ class Layout:
             own = {span.start, span.stop}
             own.update(inner[bisect_right(inner, span.start) : bisect_right(inner, span.stop)])
             edges = sorted(own)
-            for a, b in zip(edges, edges[1:], strict=False):
+            for a, b in pairwise(edges):
                 dtype = self.runs[bisect_right(run_starts, a) - 1][2]
                 for start in range(a, b, largest):
                     cells.append(Cell(len(cells), unit, start, min(b, start + largest), dtype))

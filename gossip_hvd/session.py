@@ -148,7 +148,7 @@ def init(
 
 
 def shutdown() -> None:
-    """Wait for all ranks, then stop Horovod and give everything back; a second call does nothing."""
+    """Wait for all ranks, then stop and give everything back; a second call does nothing."""
     global _session
     session, _session = _session, None
     if session is None:
@@ -201,7 +201,9 @@ def _start(arguments: dict[str, Any]) -> Session:
     )
     node_comm = world.split(cluster.node_of(world.rank))
     if len(cluster.nodes) == 1 and world.rank == 0:
-        log.warning("gossip_hvd: one node of %d rank(s): there is nobody to gossip with.", world.size)
+        log.warning(
+            "gossip_hvd: one node of %d rank(s): there is nobody to gossip with.", world.size
+        )
     return Session(world, cluster, scope, node_comm, arguments)
 
 

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from gossip_hvd.engine import Engine
 from gossip_hvd.errors import StallError
 from gossip_hvd.flight import Seat
+from gossip_hvd.memory import PlainMemory
 from gossip_hvd.methods import Method
 from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.node import Cluster
 from gossip_hvd.progress import Steps
 from gossip_hvd.rounds import GRADIENTS, MOMENTUM, WEIGHTS
-from gossip_hvd.segments import Layout
-from gossip_hvd.transport import Bytes
+from gossip_hvd.segments import LARGEST_MESSAGE, Layout
 from gossip_hvd.transport.memory import Switchboard
 
 Update = Callable[[int, Array], None]
 """The local step of one node: changes its flat weights in place."""
-
-
-class PlainMemory(dict[str, Bytes]):
-    """Payload slots that are their own tensors."""
-
-    def load(self, slots: Iterable[str]) -> None:
-        """Nothing to copy."""
-
-    def save(self, slots: Iterable[str]) -> None:
-        """Nothing to copy."""
 
 
 class Simulation:
@@ -58,7 +48,7 @@ class Simulation:
         timing: str = "atc",
         staleness: int = 0,
         wire_dtype: str | None = None,
-        largest: int | None = None,
+        largest: int = LARGEST_MESSAGE,
     ) -> None:
         self.cluster, self.layout = cluster, layout
         self._random = random.Random(order)
@@ -78,11 +68,9 @@ class Simulation:
                 memory,
                 {name: np.zeros(seat.share.nbytes, np.uint8) for name in method.arrays},
                 wire_dtype,
-                **({} if largest is None else {"largest": largest}),
+                largest,
             )
-            self.engines.append(
-                Engine(seat, method, seed=seed, timing=timing, staleness=staleness)
-            )
+            self.engines.append(Engine(seat, method, seed=seed, timing=timing, staleness=staleness))
 
     def values(self, rank: int, slot: str = WEIGHTS) -> Array:
         """One rank's flat values of a slot, padding included; writable."""

@@ -1,4 +1,4 @@
-"""The contract every method keeps: plan a round, apply what arrived; no I/O, no clock, no hidden counter.
+"""The contract of every method: plan a round, apply what arrived; no I/O, no clock, no counter.
 
 A method is a frozen dataclass of its options. All that changes while it runs is in its ``State``,
 a frozen dataclass of plain numbers, and in named arrays that the engine keeps for it. So a method

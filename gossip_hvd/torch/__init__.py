@@ -1,10 +1,20 @@
 """The PyTorch adapter: ``import gossip_hvd.torch as hvd`` in place of ``import horovod.torch``."""
 
-
-
-from horovod.torch import Average, Compression, Max, Min, Product, ProcessSet, Sum
-from horovod.torch import global_process_set, gloo_built, mpi_built, mpi_enabled
-from horovod.torch import mpi_threads_supported, nccl_built
+from horovod.torch import (
+    Average,
+    Compression,
+    Max,
+    Min,
+    ProcessSet,
+    Product,
+    Sum,
+    global_process_set,
+    gloo_built,
+    mpi_built,
+    mpi_enabled,
+    mpi_threads_supported,
+    nccl_built,
+)
 
 from gossip_hvd.errors import ConfigError, GossipError, PeerLostError, StallError
 from gossip_hvd.torch.basics import (
@@ -35,14 +45,13 @@ from gossip_hvd.torch.collectives import (
     broadcast_optimizer_state,
     broadcast_parameters,
 )
-from gossip_hvd.torch.optimizer import DistributedOptimizer, Gossip
+from gossip_hvd.torch.optimizer import DistributedOptimizer, TorchGossip
 
 __all__ = [
     "Average",
     "Compression",
     "ConfigError",
     "DistributedOptimizer",
-    "Gossip",
     "GossipError",
     "Max",
     "Min",
@@ -51,6 +60,7 @@ __all__ = [
     "Product",
     "StallError",
     "Sum",
+    "TorchGossip",
     "allgather_object",
     "allreduce",
     "allreduce_",

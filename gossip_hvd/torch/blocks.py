@@ -35,7 +35,9 @@ def blocks_of(names: Sequence[str]) -> dict[str, str]:
     return blocks
 
 
-def blocks_by(rule: BlockRule | Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, str]:
+def blocks_by(
+    rule: BlockRule | Mapping[str, Sequence[str]], names: Sequence[str]
+) -> dict[str, str]:
     """The user's own blocks: a function of the name, or lists of names by block.
 
     Raises:

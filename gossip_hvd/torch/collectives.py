@@ -11,15 +11,16 @@ import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import horovod.torch as horovod
 import numpy as np
 import torch
 
-import horovod.torch as horovod
 from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
 from gossip_hvd.errors import ConfigError
+from gossip_hvd.gossip import running
 from gossip_hvd.torch.memory import flat_bytes
-from gossip_hvd.torch.optimizer import running
+from gossip_hvd.torch.optimizer import TorchGossip
 
 T = TypeVar("T")
 Tensors = Mapping[str, Any] | Iterable[tuple[str, torch.Tensor]]
@@ -187,11 +188,12 @@ def average_parameters(model: torch.nn.Module, *, buffers: bool = False) -> None
         model: any model; weights that no distributed optimizer trains are averaged too.
         buffers: also average its floating-point buffers, such as batch-norm statistics.
     """
-    trained: set[int] = set()
-    for gossip in running():
-        gossip.average_parameters()
-        trained.update(id(p) for _, p in gossip._named if p.requires_grad)
-    rest = [p for p in model.parameters() if id(p) not in trained]
+    mine = [gossip for gossip in running() if isinstance(gossip, TorchGossip)]
+    parameters = list(model.parameters())
+    rest = [p for p in parameters if not any(gossip.trains(p) for gossip in mine)]
+    for gossip in mine:
+        if any(gossip.trains(p) for p in parameters):
+            gossip.average_parameters()
     rest += list(model.buffers()) if buffers else []
     for tensor in rest:
         if tensor.is_floating_point():

@@ -99,15 +99,6 @@ class TorchMemory:
                     if target is not None and target.data_ptr() != place.data_ptr():
                         target.copy_(place)
 
-    def scratch(self) -> TorchMemory:
-        """Another memory of the same layout that no tensor follows, filled with the weights."""
-        other = TorchMemory.__new__(TorchMemory)
-        other._layout, other._parameters, other._momentum = self._layout, [], None
-        other._flat = {WEIGHTS: self._flat[WEIGHTS].clone()}
-        other._bytes = {WEIGHTS: other._flat[WEIGHTS].numpy()}
-        other._places = {WEIGHTS: []}
-        return other
-
     def detach(self) -> None:
         """Give every parameter memory of its own again."""
         with torch.no_grad():

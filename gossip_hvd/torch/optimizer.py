@@ -9,22 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import horovod.torch as horovod
 import torch
 
-import horovod.torch as horovod
 from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
-from gossip_hvd.engine import Engine
 from gossip_hvd.errors import ConfigError
-from gossip_hvd.flight import Seat
+from gossip_hvd.gossip import Gossip
 from gossip_hvd.methods import Method, method_of
 from gossip_hvd.options import EngineOptions
-from gossip_hvd.progress import Steps, ThreadProgress, drive
-from gossip_hvd.rounds import WEIGHTS
 from gossip_hvd.segments import Layout
 from gossip_hvd.settings import setting
 from gossip_hvd.torch.blocks import blocks_by, blocks_of
@@ -33,9 +29,6 @@ from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions
 
 Segments = str | int | Callable[[str], str] | Mapping[str, Sequence[str]]
 UNNAMED_SEGMENTS = 16
-
-_counter = itertools.count()
-_running: weakref.WeakSet[Gossip] = weakref.WeakSet()
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -103,17 +96,12 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     )
     engine_options = EngineOptions.take(options)
     chosen = method_of(setting("METHOD", method), **options)
-    Gossip(current, optimizer, named, reduction, engine_options, chosen, segments)
+    TorchGossip(current, optimizer, named, reduction, engine_options, chosen, segments)
     return optimizer
 
 
-class Gossip:
-    """What a distributed optimizer does beside stepping; reached as ``optimizer.gossip``.
-
-    Attributes:
-        method: how the nodes train together.
-        options: of the engine.
-    """
+class TorchGossip(Gossip):
+    """The gossip of one PyTorch optimizer; reached as ``optimizer.gossip``."""
 
     def __init__(
         self,
@@ -125,174 +113,71 @@ class Gossip:
         method: Method,
         segments: Segments,
     ) -> None:
-        self._session, self._optimizer = current, weakref.ref(optimizer)
+        facts: dict[str, object] = {
+            "reduction": reduction,
+            "segments": segments if not callable(segments) else "a function",
+            "the version of torch": torch.__version__,
+            "the number of parameters": len(named),
+        }
+        for name, p in named:
+            facts[f"parameter {name!r}"] = f"{tuple(p.shape)} {p.dtype} grad={p.requires_grad}"
+        super().__init__(current, method, options, facts)
         self._named, self._segments = list(named), segments
-        self.method, self.options = method, options
-        self._limit = current.world.limit
         self._depth = 0
-        self._key = f"gossip_hvd.{next(_counter)}"
-        self._agree(reduction)
-        self._wire = current.world.wire()
         self._build()
         scale = current.cluster.gradient_scale(current.node)
         process_set = current.process_sets["torch"]
-        if self._delegated:
+        if self.delegated:
             process_set, scale = horovod.global_process_set, 1.0
         self._reduction = NodeReduction(
-            named, reduction, process_set, scale, self._key, self._reduced
+            named, reduction, process_set, scale, self.key, self._at_end_of_backward
         )
         self._attach(optimizer)
-        _running.add(self)
-        current.closers.append(self._close)
-
-    # What users call -------------------------------------------------------------------------
-
-    @property
-    def round(self) -> int:
-        """Rounds of gossip posted so far."""
-        return self.engine.number
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes that this rank has sent so far to other nodes and to its siblings."""
-        return self.engine.seat.record.bytes_sent
-
-    @property
-    def layout(self) -> Layout:
-        """Where parameters lie in the flat buffer and how it is cut into segments."""
-        return self.engine.seat.layout
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Tell methods that adapt to it the loss of this step."""
         self.engine.loss = float(loss)
 
-    def drain(self) -> None:
-        """Run every round that is owed and merge the exchange in flight; all ranks must call."""
-        self._run(self.engine.drain())
+    def trains(self, parameter: torch.Tensor) -> bool:
+        """Whether this parameter is gossiped."""
+        return any(p is parameter and p.requires_grad for _, p in self._named)
 
-    def average_parameters(self) -> None:
-        """Replace every node's weights by their exact mean, the same bits everywhere.
-
-        Each node counts once, which is the mean over ranks where nodes are equally large, and
-        the mean that gossip conserves in any case. All ranks must call.
-        """
-        self._run(self.engine.average(WEIGHTS))
-
-    def consensus_distance(self) -> float:
-        """Ξ = √((1/n) Σᵢ ‖xᵢ − x̄‖²) over the n nodes; all ranks must call."""
-        self.drain()
-        memory = self.engine.seat.memory
-        assert isinstance(memory, TorchMemory)
-        memory.load([WEIGHTS])
-        mean = memory.scratch()
-        self._run(self.engine.deviation(mean))
-        square = self.engine.squared_deviation(mean[WEIGHTS])
-        world = self._session.world
-        total = world.sum([square], "consensus_distance")[0]
-        return float((total / len(self._session.cluster.nodes)) ** 0.5)
-
-    # What the hooks call ---------------------------------------------------------------------
-
-    def _reduced(self) -> None:
-        """At the end of a backward that completed a reduction."""
-        if self._delegated or self.engine.alone:
-            return
-        if self._changed():
+    def _at_end_of_backward(self) -> None:
+        if self._trained != [p.requires_grad for _, p in self._named]:
             self._rebuild()
-        if self.method.when == "reduction":
-            self.engine.reduced()
-            self._run(self.engine.step())
-            return
-        if self.engine.owed > self.options.staleness:
-            # The last step was skipped, by a GradScaler say; peers wait for its round. Not
-            # before backward: autograd would not notice that weights changed under it.
-            self._run(self.engine.step())
-        self.engine.reduced()
+        self.reduced()
 
     def _before_step(self, *_: Any) -> None:
         self._depth += 1
 
     def _after_step(self, *_: Any) -> None:
+        # Wrapper classes whose step calls another class's step fire these hooks twice.
         self._depth -= 1
         if self._depth == 0:
-            self._run(self.engine.step())
-
-    def _pay(self) -> None:
-        """Run a round whose optimizer step was skipped."""
-        if self.engine.owed > self.options.staleness:
-            self._run(self.engine.step())
-
-    def _run(self, steps: Steps) -> None:
-        drive(steps, self._limit)
-
-    # How it is put together ------------------------------------------------------------------
-
-    @property
-    def _delegated(self) -> bool:
-        """Whether Horovod itself reduces over the whole world."""
-        return self.method.name == "allreduce" and self._session.scope == "world"
-
-    def _agree(self, reduction: ReductionOptions) -> None:
-        facts = {
-            "method": self.method,
-            "engine options": self.options,
-            "reduction": reduction,
-            "segments": self._segments if not callable(self._segments) else "a function",
-            "the version of torch": torch.__version__,
-            "the number of parameters": len(self._named),
-        }
-        for name, p in self._named:
-            facts[f"parameter {name!r}"] = f"{tuple(p.shape)} {p.dtype} grad={p.requires_grad}"
-        require_agreement(self._session.world, "DistributedOptimizer", facts)
+            self.stepped()
 
     def _build(self) -> None:
         """Make layout, memory and engine for the parameters that want gradients now."""
-        current = self._session
         trained = [(name, p) for name, p in self._named if p.requires_grad]
         if not trained:
             raise ConfigError("no parameter of this optimizer requires a gradient.")
         layout = _layout(trained, self._segments)
         by_name = dict(trained)
-        slots = (*self.method.writes, *self.method.reads)
-        memory = TorchMemory(layout, [by_name[f.name] for f in layout.fields], slots)
-        seat = Seat(
-            current.cluster,
-            current.world.rank,
-            layout,
-            self._wire,
-            memory,
-            wire_dtype=self.options.wire_dtype,
-            largest=self.options.chunk_bytes,
-        )
-        late = self.options.timing == "awc" and len(current.cluster.nodes) > 1
-        self.engine = Engine(
-            seat,
-            self.method,
-            seed=self.options.seed,
-            timing=self.options.timing,
-            staleness=self.options.staleness,
-            progress=ThreadProgress() if late else None,
-        )
+        parameters = [by_name[field.name] for field in layout.fields]
+        self._memory = TorchMemory(layout, parameters, self.slots)
+        self.build(layout, self._memory)
         self._trained = [p.requires_grad for _, p in self._named]
 
-    def _changed(self) -> bool:
-        """Whether parameters were frozen or unfrozen since the engine was made."""
-        return self._trained != [p.requires_grad for _, p in self._named]
-
     def _rebuild(self) -> None:
-        """Start again with the parameters that want gradients now; on all ranks at once."""
+        """Start again after parameters were frozen or unfrozen; on all ranks at once."""
         self.drain()
-        old = self.engine
-        old.close()
-        assert isinstance(old.seat.memory, TorchMemory)
-        old.seat.memory.detach()
+        self._memory.detach()
         require_agreement(
-            self._session.world,
+            self.session.world,
             "parameters that require gradients",
             {f"parameter {n!r}": p.requires_grad for n, p in self._named},
         )
         self._build()
-        self.engine.resume(old)
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.gossip = self  # type: ignore[attr-defined]
@@ -302,7 +187,7 @@ class Gossip:
 
         @functools.wraps(plain_zero_grad)
         def zero_grad(*args: Any, **kwargs: Any) -> None:
-            self._pay()
+            self.pay()
             plain_zero_grad(*args, **kwargs)
 
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
@@ -313,15 +198,6 @@ class Gossip:
 
     def _set_passes(self, passes: int) -> None:
         self._reduction.passes = passes
-
-    def _close(self) -> None:
-        self.drain()
-        self.engine.close()
-
-
-def running() -> Iterator[Gossip]:
-    """Every distributed optimizer that is still in use, in the order in which they were made."""
-    return iter(sorted(_running, key=lambda g: int(g._key.rsplit(".", 1)[1])))
 
 
 def _named(
@@ -395,6 +271,3 @@ def _groups(named: Sequence[Named], num_groups: int, groups: Any) -> tuple[tuple
     if len(flat) != len(set(flat)):
         raise ValueError("A parameter can only appear once in groups.")
     return named_groups
-
-
-__all__ = ["DistributedOptimizer", "Gossip", "running"]

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 from torch.autograd import Variable
-
-import horovod.torch as hvd
 
 Named = tuple[str, torch.Tensor]
 NATIVE = {torch.float16, torch.float32, torch.float64}

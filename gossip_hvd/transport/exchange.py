@@ -135,7 +135,7 @@ class Exchange:
         return [entry for entry in completed if entry[0] in ("send", "receive")]
 
     def outstanding(self) -> list[tuple[str, Message]]:
-        """What is still under way, for an error's sentence: what is waited for, and which message."""
+        """What is still under way, for an error: what is waited for, and which message."""
         held = [("word", message) for queue in self._held.values() for message in queue]
         return [entry for entry in self._pending if entry[0] != "say"] + held
 

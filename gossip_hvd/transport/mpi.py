@@ -107,7 +107,7 @@ class World:
         """A wire with a communicator of its own; collective."""
         return MpiWire(self.comm.Dup())
 
-    def split(self, color: int) -> MPI.Intracomm:
+    def split(self, color: int) -> MPI.Comm:
         """The communicator of the ranks that give the same color; collective."""
         return self.comm.Split(color, self.rank)
 
@@ -147,7 +147,8 @@ class World:
         mine = np.asarray(values, np.float64)
         every = np.empty((self.size, mine.size), np.float64)
         self._wait(self.comm.Iallgather(mine, every), what)
-        return every.sum(axis=0)
+        total: NDArray[np.float64] = every.sum(axis=0)
+        return total
 
     def barrier(self, what: str) -> None:
         """Return when every rank has come here."""

@@ -1,0 +1,175 @@
+"""One model's part in the gossip, whatever its framework: what ``optimizer.gossip`` is.
+
+An adapter says when a gradient reduction is complete and when the local step is over; this
+decides when rounds run, and offers what users ask for beside training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping
+
+from gossip_hvd.agreement import require_agreement
+from gossip_hvd.engine import Engine
+from gossip_hvd.flight import Seat
+from gossip_hvd.memory import Memory, PlainMemory
+from gossip_hvd.methods import Method
+from gossip_hvd.options import EngineOptions
+from gossip_hvd.progress import Steps, ThreadProgress, drive
+from gossip_hvd.rounds import WEIGHTS
+from gossip_hvd.segments import Layout
+from gossip_hvd.session import Session
+
+_counter = itertools.count()
+_running: weakref.WeakValueDictionary[int, Gossip] = weakref.WeakValueDictionary()
+
+
+class Gossip:
+    """The rounds of one model on this rank.
+
+    Args:
+        current: the running session.
+        method: how the nodes train together.
+        options: of the engine.
+        facts: what all ranks must hold equal beside method and options, such as shapes.
+
+    Attributes:
+        method: as given.
+        options: as given.
+        engine: runs the rounds.
+        key: a name for operations, equal on all ranks and different for every model.
+
+    Raises:
+        ConfigError: on every rank, where ranks differ.
+    """
+
+    engine: Engine
+
+    def __init__(
+        self,
+        current: Session,
+        method: Method,
+        options: EngineOptions,
+        facts: Mapping[str, object],
+    ) -> None:
+        self.session, self.method, self.options = current, method, options
+        number = next(_counter)
+        self.key = f"gossip_hvd.{number}"
+        everything = {"method": method, "engine options": options, **facts}
+        require_agreement(current.world, "DistributedOptimizer", everything)
+        self._wire = current.world.wire()
+        _running[number] = self
+        current.closers.append(self.close)
+
+    # What users call -------------------------------------------------------------------------
+
+    @property
+    def round(self) -> int:
+        """Rounds of gossip posted so far."""
+        return self.engine.number
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank has sent so far, to other nodes and to its siblings."""
+        return self.engine.seat.record.bytes_sent
+
+    @property
+    def layout(self) -> Layout:
+        """Where parameters lie in the flat buffer and how it is cut into segments."""
+        return self.engine.seat.layout
+
+    def drain(self) -> None:
+        """Run every round that is owed and merge the exchange in flight; all ranks must call."""
+        self._run(self.engine.drain())
+
+    def average_parameters(self) -> None:
+        """Replace every node's weights by their exact mean, the same bits everywhere.
+
+        Each node counts once, which is the mean over ranks where nodes are equally large, and
+        the mean that gossip conserves in any case. All ranks must call.
+        """
+        self._run(self.engine.average(WEIGHTS))
+
+    def consensus_distance(self) -> float:
+        """Ξ = √((1/n) Σᵢ ‖xᵢ − x̄‖²) over the n nodes; all ranks must call."""
+        self.drain()
+        memory = self.engine.seat.memory
+        memory.load([WEIGHTS])
+        mean = PlainMemory({WEIGHTS: memory[WEIGHTS].copy()})
+        self._run(self.engine.deviation(mean))
+        square = self.engine.squared_deviation(mean[WEIGHTS])
+        total = self.session.world.sum([square], "consensus_distance")[0]
+        return float((total / len(self.session.cluster.nodes)) ** 0.5)
+
+    # What adapters call ----------------------------------------------------------------------
+
+    @property
+    def delegated(self) -> bool:
+        """Whether Horovod itself reduces over the whole world, so that nothing is left to do."""
+        return self.method.name == "allreduce" and self.session.scope == "world"
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The payload slots that a memory must hold."""
+        return tuple(dict.fromkeys((WEIGHTS, *self.method.writes, *self.method.reads)))
+
+    def build(self, layout: Layout, memory: Memory) -> None:
+        """Make the engine for a model, or again for one whose parameters have changed."""
+        current, before = self.session, getattr(self, "engine", None)
+        if before is not None:
+            before.close()
+        seat = Seat(
+            current.cluster,
+            current.world.rank,
+            layout,
+            self._wire,
+            memory,
+            wire_dtype=self.options.wire_dtype,
+            largest=self.options.chunk_bytes,
+        )
+        late = self.options.timing == "awc" and len(current.cluster.nodes) > 1
+        self.engine = Engine(
+            seat,
+            self.method,
+            seed=self.options.seed,
+            timing=self.options.timing,
+            staleness=self.options.staleness,
+            progress=ThreadProgress() if late else None,
+        )
+        if before is not None:
+            self.engine.resume(before)
+
+    def reduced(self) -> None:
+        """At the end of a backward whose gradients have been averaged over the node."""
+        if self.delegated or self.engine.alone:
+            return
+        if self.method.when == "reduction":
+            self.engine.reduced()
+            self._run(self.engine.step())
+            return
+        # Not before backward: autograd would not notice that weights changed under it.
+        self.pay()
+        self.engine.reduced()
+
+    def stepped(self) -> None:
+        """After the local step: run the rounds that are due."""
+        self._run(self.engine.step())
+
+    def pay(self) -> None:
+        """Run the round of a step that was skipped, by a loss scaler say; its peers wait for it."""
+        if self.engine.owed > self.options.staleness:
+            self._run(self.engine.step())
+
+    def close(self) -> None:
+        """Finish every round and stop; all ranks must call."""
+        self.drain()
+        self.engine.close()
+
+    def _run(self, steps: Steps) -> None:
+        drive(steps, self.session.world.limit)
+
+
+def running() -> Iterator[Gossip]:
+    """Every model's gossip that is still in use, in the order in which they were made."""
+    return iter([_running[number] for number in sorted(_running)])

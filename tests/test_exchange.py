@@ -1,0 +1,346 @@
+"""Exchange and the memory wire: words gate sends, any order of delivery, one thread an exchange."""
+
+from __future__ import annotations
+
+import random as stdlib_random
+import threading
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gossip_hvd.errors import PeerLostError
+from gossip_hvd.recorder import Recorder
+from gossip_hvd.transport import Bytes
+from gossip_hvd.transport.exchange import KINDS, SEQUENCES, SLOTS, Exchange, Message, tag_of
+from gossip_hvd.transport.memory import MemoryWire, Switchboard
+
+WORD = tag_of("word", 0, 0)
+
+
+@dataclass
+class ScriptedWire:
+    """Notes what it is asked for; a transfer completes when the test says so."""
+
+    rank: int = 0
+    asked: list[tuple[str, int, int]] = field(default_factory=list)
+    completed: set[int] = field(default_factory=set)
+
+    def send(self, peer: int, tag: int, data: Bytes) -> int:
+        self.asked.append(("send", peer, tag))
+        return len(self.asked) - 1
+
+    def receive(self, peer: int, tag: int, data: Bytes) -> int:
+        self.asked.append(("receive", peer, tag))
+        return len(self.asked) - 1
+
+    def test(self, handles: list[Any]) -> list[int]:
+        return [i for i, handle in enumerate(handles) if handle in self.completed]
+
+    def complete(self, *transfer: Any) -> None:
+        self.completed.add(self.asked.index(transfer))
+
+
+class StrictWire(MemoryWire):
+    """Refuses data that comes before its receive has been posted."""
+
+    def send(self, peer: int, tag: int, data: Bytes) -> Any:
+        kind = tag // SEQUENCES % len(KINDS)
+        if kind == KINDS["data"]:
+            assert self._board._slots.get((self.rank, peer, tag)), "nobody waits for this data"
+        return super().send(peer, tag, data)
+
+
+def data(n: int = 4, value: int = 0) -> Bytes:
+    return np.full(n, value, np.uint8)
+
+
+def finish(exchanges: list[Exchange], seed: int, turns: int = 100_000) -> None:
+    draw = stdlib_random.Random(seed)
+    for _ in range(turns):
+        going = [exchange for exchange in exchanges if not exchange.done]
+        if not going:
+            return
+        draw.choice(going).poll()
+    raise AssertionError([exchange.outstanding() for exchange in exchanges])
+
+
+# Words -----------------------------------------------------------------------------------------
+
+
+def test_receives_are_posted_before_the_word_is_said() -> None:
+    wire = ScriptedWire()
+    Exchange(wire, 0, 0, [Message(1, 8, data()), Message(2, 9, data()), Message(1, 7, data())])
+    assert wire.asked == [
+        ("receive", 1, 8),
+        ("receive", 2, 9),
+        ("receive", 1, 7),
+        ("send", 1, WORD),
+        ("send", 2, WORD),
+    ]
+
+
+def test_no_data_leaves_before_its_receivers_word() -> None:
+    wire = ScriptedWire()
+    sends = [Message(1, 8, data()), Message(2, 9, data()), Message(1, 7, data())]
+    exchange = Exchange(wire, 0, 0, [], sends)
+    assert wire.asked == [("receive", 1, WORD), ("receive", 2, WORD)]
+    assert exchange.poll() == []
+    assert [what for what, _ in exchange.outstanding()] == ["word"] * 5
+
+    wire.complete("receive", 1, WORD)
+    assert exchange.poll() == []
+    assert wire.asked[2:] == [("send", 1, 8), ("send", 1, 7)]
+    assert [what for what, _ in exchange.outstanding()] == ["word", "send", "send", "word"]
+
+    late = Message(1, 6, data())
+    exchange.send([late, Message(2, 6, data())])
+    assert wire.asked[4:] == [("send", 1, 6)]
+
+    wire.complete("receive", 2, WORD)
+    exchange.poll()
+    assert wire.asked[5:] == [("send", 2, 9), ("send", 2, 6)]
+
+
+def test_an_ungated_exchange_sends_at_once_and_says_nothing() -> None:
+    wire = ScriptedWire()
+    exchange = Exchange(wire, 0, 0, [Message(1, 8, data())], [Message(2, 9, data())], gated=False)
+    assert wire.asked == [("receive", 1, 8), ("send", 2, 9)]
+    exchange.send([Message(3, 9, data())])
+    assert wire.asked[2:] == [("send", 3, 9)]
+
+
+def test_poll_reports_each_message_once_and_done_comes_last() -> None:
+    wire = ScriptedWire()
+    comes, goes = Message(1, 8, data(), "in"), Message(2, 9, data(), "out")
+    exchange = Exchange(wire, 0, 0, [comes], [goes])
+    wire.complete("receive", 2, WORD)
+    assert exchange.poll() == []
+    wire.complete("receive", 1, 8)
+    assert exchange.poll() == [("receive", comes)]
+    assert exchange.poll() == []
+    assert not exchange.done
+    wire.complete("send", 2, 9)
+    assert exchange.poll() == [("send", goes)]
+    assert not exchange.done, "the word to rank 1 has not left"
+    assert exchange.outstanding() == [], "but nobody waits for it"
+    wire.complete("send", 1, WORD)
+    assert exchange.poll() == []
+    assert exchange.done
+
+
+def test_an_exchange_of_nothing_is_done() -> None:
+    exchange = Exchange(ScriptedWire(), 0, 0, [])
+    assert exchange.done
+    assert exchange.poll() == []
+    assert exchange.outstanding() == []
+
+
+def test_events_and_bytes_are_recorded() -> None:
+    board, records = Switchboard(2, slowest=0), [Recorder(), Recorder()]
+    exchanges = [
+        Exchange(
+            board.wire(me),
+            5,
+            1,
+            [Message(1 - me, 8, data(100 + me), cell=3)],
+            [Message(1 - me, 8, data(101 - me), cell=4)],
+            record=records[me],
+        )
+        for me in range(2)
+    ]
+    finish(exchanges, 0)
+    for me, record in enumerate(records):
+        assert (record.bytes_sent, record.bytes_received) == (101 - me, 100 + me)
+        events = [(e.what, e.cell, e.peer) for e in record.events]
+        assert events[0] == ("post", -1, -1)
+        assert set(events[1:]) == {
+            ("word", -1, 1 - me),
+            ("send", 4, 1 - me),
+            ("sent", 4, 1 - me),
+            ("received", 3, 1 - me),
+        }
+        assert events.index(("word", -1, 1 - me)) < events.index(("send", 4, 1 - me))
+        assert {(e.flight, e.stage) for e in record.events} == {(5, 1)}
+        assert [e.time for e in record.events] == sorted(e.time for e in record.events)
+
+
+def test_a_recorder_keeps_the_last_events_and_counts_all() -> None:
+    record = Recorder(capacity=3)
+    for flight in range(10):
+        record("post", flight, 0)
+    assert [e.flight for e in record.events] == [7, 8, 9]
+    assert record.count == 10
+
+
+# Tags ------------------------------------------------------------------------------------------
+
+
+def test_tags_that_may_meet_differ() -> None:
+    slots = range(SLOTS)
+    tags = {
+        tag_of(kind, flight, stage, cell, slot)
+        for kind, flight, stage, cell, slot in product(
+            KINDS, range(SEQUENCES // 2), range(2), range(3), slots
+        )
+    }
+    assert len(tags) == len(KINDS) * SEQUENCES * 3 * SLOTS
+    assert tag_of("data", 3, 1, 2, 1) == tag_of("data", 3 + SEQUENCES // 2, 1, 2, 1)
+    assert tag_of("gather", SEQUENCES, 1, 2**22, SLOTS - 1) < 2**31
+
+
+# Delivery --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_order_of_delivery_brings_every_byte(ranks: int) -> None:
+    """Two exchanges one after the other on every rank: a fast rank begins the next at once."""
+    pairs = [(a, b) for a, b in product(range(ranks), repeat=2) if a != b]
+
+    def value(source: int, target: int, cell: int, stage: int) -> int:
+        return 1 + source + 5 * target + 25 * cell + 100 * stage
+
+    for seed in range(1500):
+        board = Switchboard(ranks, seed=seed, slowest=seed % 12)
+        draw = stdlib_random.Random(seed)
+        stage = [0] * ranks
+        inbox: dict[tuple[int, int, int, int], Bytes] = {}
+
+        def begin(me: int, board: Switchboard = board, inbox: Any = inbox, stage: Any = stage) -> Exchange:
+            at, receives, sends = stage[me], [], []
+            for (a, b), cell in product(pairs, range(2)):
+                tag, size = tag_of("data", 0, at, cell), 1 + a + 2 * b + 4 * cell
+                if b == me:
+                    inbox[a, b, cell, at] = data(size)
+                    receives.append(Message(a, tag, inbox[a, b, cell, at]))
+                if a == me:
+                    sends.append(Message(b, tag, data(size, value(a, b, cell, at))))
+            draw.shuffle(sends)
+            return Exchange(StrictWire(me, board), 0, at, receives, sends)
+
+        exchanges = [begin(me) for me in range(ranks)]
+        for _ in range(10_000):
+            going = [me for me in range(ranks) if stage[me] < 2]
+            if not going:
+                break
+            me = draw.choice(going)
+            exchanges[me].poll()
+            if exchanges[me].done:
+                stage[me] += 1
+                if stage[me] < 2:
+                    exchanges[me] = begin(me)
+        assert stage == [2] * ranks, f"seed {seed}"
+        assert board.idle()
+        assert len(inbox) == len(pairs) * 4
+        assert all((got == value(*at)).all() for at, got in inbox.items()), f"seed {seed}"
+
+
+def test_the_wire_reads_the_senders_buffer_only_on_delivery() -> None:
+    """So a test notices whoever overwrites memory that is still being sent."""
+    board = Switchboard(2, slowest=0)
+    sending, receiving = data(4, 1), data(4)
+    goes = board.wire(0).send(1, 0, sending)
+    assert board.wire(0).test([goes]) == []
+    sending[...] = 2
+    comes = board.wire(1).receive(0, 0, receiving)
+    assert board.wire(1).test([comes]) == [0]
+    assert board.wire(0).test([goes]) == [0]
+    assert (receiving == 2).all()
+
+
+def test_messages_of_one_tag_keep_their_order() -> None:
+    for seed in range(200):
+        board = Switchboard(2, seed=seed, slowest=9)
+        sender, receiver = board.wire(0), board.wire(1)
+        boxes = [data(1) for _ in range(5)]
+        for i in range(5):
+            sender.send(1, 3, data(1, i))
+        handles = [receiver.receive(0, 3, box) for box in boxes]
+        for _ in range(100):
+            receiver.test(handles)
+        assert [int(box[0]) for box in boxes] == list(range(5))
+        assert board.idle()
+
+
+def test_seeds_decide_the_order_of_delivery() -> None:
+    def order(seed: int) -> list[int]:
+        board = Switchboard(2, seed=seed, slowest=6)
+        handles = [board.wire(1).receive(0, tag, data(1)) for tag in range(6)]
+        for tag in range(6):
+            board.wire(0).send(1, tag, data(1))
+        arrived: list[int] = []
+        while len(arrived) < 6:
+            arrived += [i for i in board.wire(1).test(handles) if i not in arrived]
+        return arrived
+
+    assert order(1) == order(1)
+    assert len({tuple(order(seed)) for seed in range(50)}) > 20
+
+
+def test_lengths_that_differ_are_named() -> None:
+    board = Switchboard(2, slowest=0)
+    receiving = Exchange(board.wire(1), 0, 0, [Message(0, 8, data(100))])
+    sending = Exchange(board.wire(0), 0, 0, [], [Message(1, 8, data(99))])
+    with pytest.raises(
+        PeerLostError, match=r"rank 1 expected 100 bytes from rank 0 \(tag 8\) and got 99"
+    ):
+        finish([receiving, sending], 0)
+
+
+# Threads ---------------------------------------------------------------------------------------
+
+
+def poll_elsewhere(exchange: Exchange) -> BaseException | None:
+    """What another thread's poll raises."""
+    raised: list[BaseException] = []
+
+    def poll() -> None:
+        try:
+            exchange.poll()
+        except AssertionError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    thread.join(10)
+    return raised[0] if raised else None
+
+
+def test_a_second_thread_may_not_poll() -> None:
+    exchange = Exchange(ScriptedWire(), 0, 0, [Message(1, 8, data())])
+    exchange.poll()
+    error = poll_elsewhere(exchange)
+    assert isinstance(error, AssertionError)
+    assert str(threading.get_ident()) in str(error)
+    exchange.poll()
+
+
+def test_an_exchange_changes_hands_when_it_is_handed_over() -> None:
+    exchange = Exchange(ScriptedWire(), 0, 0, [Message(1, 8, data())])
+    exchange.poll()
+    exchange.hand_over()
+    assert poll_elsewhere(exchange) is None
+    with pytest.raises(AssertionError, match="owns"):
+        exchange.poll()
+
+
+def test_posting_alone_owns_nothing() -> None:
+    """The main thread posts; the polling thread is the first to poll."""
+    exchange = Exchange(ScriptedWire(), 0, 0, [Message(1, 8, data())], [Message(1, 8, data())])
+    assert poll_elsewhere(exchange) is None
+
+
+def test_all_subsets_of_completed_transfers_are_followed_up() -> None:
+    """Whatever completes together, in whatever positions, the right messages are reported."""
+    for count in range(5):
+        for together in combinations(range(4), count):
+            wire = ScriptedWire()
+            messages = [Message(1, tag, data(), tag) for tag in range(4)]
+            exchange = Exchange(wire, 0, 0, messages, gated=False)
+            for tag in together:
+                wire.complete("receive", 1, tag)
+            assert [m.key for _, m in exchange.poll()] == list(together)
+            left = [m.key for _, m in exchange.outstanding()]
+            assert left == [tag for tag in range(4) if tag not in together]
