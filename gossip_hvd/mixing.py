@@ -50,26 +50,31 @@ def combine(
         _combine_one(now, received[0], weights[0], out)
         return
     wide = accumulator(now.dtype)
-    total = np.empty(min(BLOCK, now.size), wide)
-    other = np.empty_like(total)
+    scratch = np.empty((3, min(BLOCK, now.size)), wide)
     rest = wide.type(1.0 - sum(weights))
     for start in range(0, now.size, BLOCK):
         part = slice(start, min(start + BLOCK, now.size))
-        acc, tmp = total[: part.stop - start], other[: part.stop - start]
-        if fresh:
-            np.multiply(now[part], rest, out=acc, dtype=wide)
-        else:
-            acc[...] = 0
-        for values, weight in zip(received, weights, strict=True):
-            if fresh:
-                np.multiply(values[part], wide.type(weight), out=tmp, dtype=wide)
-            else:
-                np.subtract(values[part], sent[part], out=tmp, dtype=wide)
-                np.multiply(tmp, wide.type(weight), out=tmp)
-            np.add(acc, tmp, out=acc)
-        if not fresh:
-            np.add(acc, now[part], out=acc, dtype=wide)
-        out[part] = acc
+        total, term, base = scratch[:, : part.stop - start]
+        own = _widen(sent[part], base)
+        for i, (values, weight) in enumerate(zip(received, weights, strict=True)):
+            target = term if i else total
+            theirs = _widen(values[part], term)
+            if not fresh:
+                theirs = np.subtract(theirs, own, out=target)
+            np.multiply(theirs, wide.type(weight), out=target)
+            if i:
+                np.add(total, term, out=total)
+        mine = np.multiply(own, rest, out=base) if fresh else _widen(now[part], base)
+        np.add(mine, total, out=total)
+        out[part] = total
+
+
+def _widen(values: Array, scratch: Array) -> Array:
+    """The values in the accumulator's dtype: themselves, or a copy of them in ``scratch``."""
+    if values.dtype == scratch.dtype:
+        return values
+    scratch[...] = values
+    return scratch
 
 
 def _combine_one(now: Array, received: Array, weight: float, out: Array) -> None:
