@@ -1,13 +1,55 @@
-"""Find the blocks of a model (stem, blocks, head) from the names of its parameters."""
+"""Find a model's blocks (stem, blocks, head) from the names of its parameters; cut there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from gossip_hvd.errors import ConfigError
+from gossip_hvd.segments import Field, Layout
 
 BlockRule = Callable[[str], str]
 """Gives a parameter's name the name of its block."""
+
+BlockFinder = Callable[[Sequence[str]], Mapping[str, str]]
+"""Gives all parameters' names their blocks."""
+
+Segments = str | int | BlockRule | Mapping[str, Sequence[str]]
+"""What users pass as ``segments``."""
+
+UNNAMED_SEGMENTS = 16
+"""Segments of a model whose names say nothing."""
+
+
+def layout_of(fields: Sequence[Field], segments: Segments, finder: BlockFinder | None) -> Layout:
+    """Lay out a model's parameters and cut them as the user has asked.
+
+    Args:
+        fields: the parameters, in the model's order; their blocks are filled in here.
+        segments: ``"blocks"``, ``"one"``, a number of equally large ones, a function from a
+            parameter's name to its segment's, or lists of names by segment.
+        finder: finds the model's own blocks; None where names say nothing.
+
+    Raises:
+        ConfigError: for anything else, and for lists that do not fit the names.
+    """
+    names = [field.name for field in fields]
+    if segments == "one":
+        segments = 1
+    elif segments == "blocks" and finder is None:
+        segments = UNNAMED_SEGMENTS
+    if isinstance(segments, int):
+        return Layout.equal(fields, segments)
+    if not isinstance(segments, str):
+        blocks: Mapping[str, str] = blocks_by(segments, names)
+    elif segments == "blocks" and finder is not None:
+        blocks = finder(names)
+    else:
+        raise ConfigError(
+            f"segments={segments!r}: expected 'blocks', 'one', a number, a function from a "
+            "parameter's name to its segment's, or lists of names by segment."
+        )
+    return Layout.blocks([replace(field, block=blocks[field.name]) for field in fields])
 
 
 def blocks_of(names: Sequence[str]) -> dict[str, str]:

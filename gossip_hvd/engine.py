@@ -6,17 +6,19 @@ Every operation is a generator of the flights it waits for, so that a caller may
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from copy import copy
 
 import numpy as np
 
 from gossip_hvd.errors import ConfigError
-from gossip_hvd.flight import Flight, Seat
+from gossip_hvd.flight import Flight
 from gossip_hvd.memory import Memory
-from gossip_hvd.methods.contract import Method
+from gossip_hvd.methods.contract import Context, Method, Moment
 from gossip_hvd.mixing import dtype_of
 from gossip_hvd.progress import CallerProgress, Progress, Steps
 from gossip_hvd.rounds import WEIGHTS, exact_mean
+from gossip_hvd.seat import Seat
 from gossip_hvd.transport import Bytes
 
 
@@ -36,6 +38,8 @@ class Engine:
         number: rounds posted so far.
         owed: completed gradient reductions whose round has not been posted. A round counts
             reductions, not optimizer steps: a node that skips a step still owes its peers.
+        loss: of this node, equal on all its ranks; for methods with ``needs_loss``.
+        begun: whether the method's own arrays have their first values.
     """
 
     def __init__(
@@ -58,6 +62,14 @@ class Engine:
         self.state = method.start(len(seat.cluster.nodes), len(seat.layout.segments), seed)
         self.number = self.owed = 0
         self.loss: float | None = None
+        self.begun = False
+        for names, size, arrays in (
+            (method.arrays, seat.share.nbytes, seat.arrays),
+            (method.replicas, seat.layout.nbytes, seat.replicas),
+        ):
+            for name in names:
+                arrays.setdefault(name, np.zeros(size, np.uint8))
+        self._stepping: int | None = None
         self._sequence = 0
         self._progress: Progress = progress or CallerProgress()
         self._flying: Flight | None = None
@@ -72,47 +84,85 @@ class Engine:
         """True while an exchange is under way behind the computation."""
         return self._flying is not None
 
+    @property
+    def when(self) -> Moment:
+        """The moment of the round that the next reduction will owe: ``step`` is called then."""
+        return self.method.when(self.number + self.owed)
+
+    def learn(self, rates: float | Sequence[float]) -> None:
+        """Report the learning rate of the step to come: one for all, or one a field."""
+        uniform = isinstance(rates, int | float) or len(set(rates)) == 1
+        first = rates if isinstance(rates, int | float) else rates[0]
+        self.seat.rates = float(first) if uniform else rates
+
     def reduced(self) -> None:
         """A gradient reduction of the node is complete: one more round is owed."""
+        if not self.begun or self.method.begins(self.number + self.owed):
+            self._begin(self.number + self.owed)
         self.owed += 1
 
+    def before_step(self) -> None:
+        """The optimizer is about to step."""
+        self._stepping = max(0, self.number + self.owed - 1)
+        self._hook("before_step")
+
     def step(self) -> Steps:
+        """After a local step, or a reduction, or where one was skipped: run what is owed."""
+        self._hook("after_step")
+        yield from self._exchange()
+        self._hook("end_step")
+        self._stepping = None
+
+    def _exchange(self) -> Steps:
         """Run the rounds that are owed, as far as timing and staleness demand."""
         while self.owed:
             if self._flying is not None:
-                patient = self.owed <= self.staleness
+                # A round before the local step cannot wait: its result is needed now.
+                patient = self.owed <= self.staleness and self.method.when(self.number) == "step"
                 if patient and not self._progress.arrived(self._flying):
                     return
-                yield from self._land()
-            yield from self._round()
+            merged = yield from self._merge()
+            yield from self._round(merged)
 
     def drain(self) -> Steps:
         """Run every round that is owed and land the one in flight."""
         while self.owed or self._flying is not None:
-            yield from self._land()
+            merged = yield from self._merge()
             if self.owed:
-                yield from self._round()
+                yield from self._round(merged)
+            elif merged is not None:
+                yield from self._settle(merged)
 
     def discard(self) -> Steps:
-        """Let the exchange in flight arrive and forget it; for weights set from outside."""
-        if self._flying is not None:
-            while not self._progress.arrived(self._flying):
-                yield self._flying
-            self._flying = None
+        """Run what is owed and in flight, since peers wait for it, and keep the weights as they are.
+
+        For weights that are set from outside.
+        """
+        memory, slots = self.seat.memory, self.method.writes
+        memory.load(slots)
+        kept = {slot: memory[slot].copy() for slot in slots}
+        yield from self.drain()
+        for slot, values in kept.items():
+            memory[slot][...] = values
+        memory.save(slots)
+        self.state, self.begun = self.method.levelled(self.state), False
 
     def average(self, slot: str = WEIGHTS) -> Steps:
         """Replace a slot by its exact mean over nodes, the same bits on every rank."""
-        if slot == WEIGHTS:
-            yield from self.drain()
+        yield from self.drain()
         self.seat.memory.load([slot])
-        yield from self._mean(self.seat, slot)
+        # Only the method knows how its nodes' weights count in their mean.
+        method = self.method if slot == WEIGHTS else Method()
+        yield from self._mean(self.seat, slot, method)
+        self.state = method.levelled(self.state)
         self.seat.memory.save([slot])
 
     def deviation(self, memory: Memory) -> Steps:
-        """Fill ``memory``'s weights with the mean over nodes, for a consensus distance."""
+        """Replace the weights in ``memory``, a copy of this node's, by their mean over nodes."""
+        assert not self.owed and self._flying is None, "drain first: its memory is in use"
         seat = copy(self.seat)
         seat.memory = memory
-        yield from self._mean(seat, WEIGHTS)
+        yield from self._mean(seat, WEIGHTS, Method())
 
     def squared_deviation(self, mean: Bytes) -> float:
         """This rank's share of ‖x − mean‖², in float64."""
@@ -137,13 +187,20 @@ class Engine:
 
     # One round -------------------------------------------------------------------------------
 
-    def _round(self) -> Steps:
+    def _round(self, merged: Flight | None) -> Steps:
+        """Post the next round; one before it that has just been merged settles under it."""
         self.owed -= 1
-        me, slots = self.seat.node, (*self.method.writes, *self.method.reads)
-        plan = self.method.plan(self.state, self.number, me)
+        context = self._context()
+        self.state = self.method.observe(self.state, self.number, context)
+        plan = self.method.plan(self.state, self.number, self.seat.node)
         self.number += 1
-        late = self.timing == "awc" and not plan.blocking
-        self.seat.memory.load(slots)
+        late = self.timing == "awc" and not plan.blocking and len(plan.stages) < 2
+        if merged is None:
+            self.seat.memory.load(self._slots)
+        else:
+            self.seat.memory.load(self.method.reads)
+            if not late:
+                yield from self._settle(merged)
         flight = Flight(
             self.seat,
             self.method,
@@ -151,38 +208,83 @@ class Engine:
             plan,
             self._next_sequence(),
             late=late,
-            loss=self.loss,
+            context=context,
         )
         if late:
             self._flying = flight
             self._progress.take(flight)
+            if merged is not None:
+                yield from self._settle(merged)
             return
         while not flight.poll():
             yield flight
         self._finish(flight)
+        self.seat.memory.save(self.method.writes)
 
-    def _land(self) -> Steps:
+    def _merge(self) -> Generator[Flight, None, Flight | None]:
+        """Wait for the flight under way and merge this rank's share of what it brought."""
         flight = self._flying
         if flight is None:
-            return
+            return None
         while not self._progress.arrived(flight):
             yield flight
         self._flying = None
         self.seat.memory.load(self.method.writes)
         flight.land()
-        while not flight.poll():
-            yield flight
         self._finish(flight)
+        return flight
+
+    def _settle(self, merged: Flight) -> Steps:
+        """Wait until the node's ranks have each other's shares."""
+        while not merged.poll():
+            yield merged
+        self.seat.memory.save(self.method.writes)
 
     def _finish(self, flight: Flight) -> None:
-        self.seat.memory.save(self.method.writes)
         self.state = self.method.finish(self.state, flight.round, flight.own_note, flight.notes)
 
-    def _mean(self, seat: Seat, slot: str) -> Steps:
+    def _mean(self, seat: Seat, slot: str, method: Method) -> Steps:
         plan = exact_mean(self.number, seat.node, len(seat.cluster.nodes), slot)
-        flight = Flight(seat, Method(), self.state, plan, self._next_sequence())
+        flight = Flight(seat, method, self.state, plan, self._next_sequence())
         while not flight.poll():
             yield flight
+
+    @property
+    def _slots(self) -> tuple[str, ...]:
+        return (*self.method.writes, *self.method.reads)
+
+    def _begin(self, number: int) -> None:
+        self.begun = True
+        for array in (*self.seat.arrays.values(), *self.seat.replicas.values()):
+            array[...] = 0
+        if "begin" in self.method.hooks and not self.alone:
+            self.seat.memory.load(self._slots)
+            for slots in self.seat.share_views():
+                self.method.begin(self.state, number, slots)
+
+    def _hook(self, name: str) -> None:
+        """Give whole slots to the method; with one node it has nothing to correct."""
+        if self._stepping is None or name not in self.method.hooks or self.alone:
+            return
+        self._context()
+        self.seat.memory.load(self._slots)
+        getattr(self.method, name)(self.state, self._stepping, self.seat.whole_views())
+        self.seat.memory.save(self.method.writes)
+
+    def _context(self) -> Context:
+        """What was reported, or an error that says what must be."""
+        rates = self.seat.rates
+        if self.method.needs_rate and rates is None:
+            raise ConfigError(
+                f"method {self.method.name!r} needs the learning rate, and nobody has reported "
+                "it: call engine.learn(rates) before each step (the optimizer wrappers do)."
+            )
+        if self.method.needs_loss and self.loss is None:
+            raise ConfigError(
+                f"method {self.method.name!r} needs the loss: report it before each step."
+            )
+        rate = rates if rates is None or isinstance(rates, float) else max(rates)
+        return Context(rate, self.loss)
 
     def _next_sequence(self) -> int:
         self._sequence += 1

@@ -22,6 +22,10 @@ class StallError(GossipError, TimeoutError):
     """A wait that outlasted its limit; names rank, round, segment and peer."""
 
 
+class OperationError(GossipError, RuntimeError):
+    """A world-wide operation that ranks asked for differently, or that cannot end."""
+
+
 class PeerLostError(GossipError, ConnectionError):
     """A transfer that the transport reports as failed: the peer or its link is gone."""
 

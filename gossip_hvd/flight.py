@@ -7,126 +7,22 @@ are sent from a snapshot and merged when the engine says so, in difference form.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from gossip_hvd.errors import PlanError
 from gossip_hvd.gather import Gather
-from gossip_hvd.memory import Memory
-from gossip_hvd.methods.contract import Arrival, Method, State
+from gossip_hvd.methods.contract import Arrival, Context, Method, State
 from gossip_hvd.mixing import Array, dtype_of
-from gossip_hvd.node import Cluster
-from gossip_hvd.recorder import Recorder
 from gossip_hvd.rounds import SHARED_SLOTS, Round, Stage, Transfer
-from gossip_hvd.segments import ALIGN, LARGEST_MESSAGE, Cell, Grid, Layout, owner
-from gossip_hvd.transport import Bytes, Wire
+from gossip_hvd.seat import Seat
+from gossip_hvd.segments import ALIGN, Cell
+from gossip_hvd.transport import Bytes
 from gossip_hvd.transport.exchange import Exchange, Message, tag_of
 
 Key = tuple[str, int]
 """A slot and the index of a cell in the stage's grid."""
-
-
-class Arena:
-    """Receive or send memory that is handed out afresh each stage and kept between rounds."""
-
-    def __init__(self) -> None:
-        self._memory: Bytes = np.empty(0, np.uint8)
-        self._used = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return int(self._memory.nbytes)
-
-    def reset(self, nbytes: int) -> None:
-        """Forget what was handed out; make room for ``nbytes`` in all."""
-        if nbytes > self._memory.nbytes:
-            self._memory = np.empty(nbytes, np.uint8)
-        self._used = 0
-
-    def take(self, nbytes: int) -> Bytes:
-        """The next ``nbytes``."""
-        start, self._used = self._used, self._used + nbytes
-        return self._memory[start : self._used]
-
-
-@dataclass
-class Seat:
-    """What one rank brings to every flight: its place, its wire, its memory.
-
-    Attributes:
-        cluster: all nodes.
-        rank: this rank, in the world.
-        layout: of the flat buffer.
-        wire: to the other ranks.
-        memory: the flat bytes of each payload slot, whole on every rank, and the way to keep
-            them in step with the framework's tensors.
-        arrays: the method's own arrays, this rank's share only.
-        wire_dtype: what float32 and float64 values are rounded to on the wire, or None.
-        largest: bytes of the largest message.
-        record: ring buffer of events.
-    """
-
-    cluster: Cluster
-    rank: int
-    layout: Layout
-    wire: Wire
-    memory: Memory
-    arrays: Mapping[str, Bytes] = field(default_factory=dict)
-    wire_dtype: str | None = None
-    largest: int = LARGEST_MESSAGE
-    record: Recorder = field(default_factory=Recorder)
-
-    def __post_init__(self) -> None:
-        sizes = self.cluster.node_sizes
-        self.node = self.cluster.node_of(self.rank)
-        self.index = self.cluster.node_rank(self.rank)
-        self.ranks = sizes[self.node]
-        self.siblings = [r for r in self.cluster.nodes[self.node] if r != self.rank]
-        self.share = self.layout.share(self.ranks, self.index)
-        self.incoming, self.outgoing = Arena(), Arena()
-        self._grids = {
-            "segments": self.layout.segment_grid(sizes, self.largest),
-            "parts": self.layout.part_grid(len(sizes), sizes),
-        }
-        self._owners = {
-            name: {
-                ranks: [owner(cell, self.layout.nbytes, ranks) for cell in grid.cells]
-                for ranks in set(sizes)
-            }
-            for name, grid in self._grids.items()
-        }
-
-    def grid(self, name: str) -> Grid:
-        """The cells of ``"segments"`` or ``"parts"``."""
-        return self._grids[name]
-
-    def holder(self, grid: str, cell: Cell, node: int) -> int:
-        """The world rank in ``node`` whose share holds ``cell``."""
-        ranks = self.cluster.nodes[node]
-        return ranks[self._owners[grid][len(ranks)][cell.index]]
-
-    def cells(self, grid: str, unit: int) -> Iterable[Cell]:
-        """The cells of a unit that this rank carries."""
-        owners = self._owners[grid][self.ranks]
-        return (c for c in self._grids[grid].by_unit[unit] if owners[c.index] == self.index)
-
-    def views(self, cell: Cell) -> dict[str, Array]:
-        """The cell's part of every slot and named array."""
-        dtype = dtype_of(cell.dtype)
-        views = {k: m[cell.start : cell.stop].view(dtype) for k, m in self.memory.items()}
-        a, b = cell.start - self.share.start, cell.stop - self.share.start
-        views.update((k, m[a:b].view(dtype)) for k, m in self.arrays.items())
-        return views
-
-    def on_wire(self, cell: Cell, rule: str) -> np.dtype[Any]:
-        """The dtype in which a cell travels; exact means are never rounded on the wire."""
-        rounds = self.wire_dtype is not None and rule == "mix"
-        if rounds and cell.dtype in ("float32", "float64"):
-            return dtype_of(str(self.wire_dtype))
-        return dtype_of(cell.dtype)
 
 
 class Flight:
@@ -139,7 +35,7 @@ class Flight:
         round_: what to exchange.
         sequence: counts flights, equal on all ranks.
         late: True to merge only when ``land`` is called.
-        loss: the loss that the user reported, for the method's note.
+        context: what the adapter reported, for the method's note.
     """
 
     def __init__(
@@ -151,13 +47,14 @@ class Flight:
         sequence: int,
         *,
         late: bool = False,
-        loss: float | None = None,
+        context: Context | None = None,
     ) -> None:
         self.seat, self.method, self.state, self.round = seat, method, state, round_
         self.sequence, self.late = sequence, late
         self.done = False
         self.notes: dict[int, Array] = {}
-        self.own_note = np.asarray(method.note(state, loss), np.float64)
+        note = method.note(state, round_.number, context or Context())
+        self.own_note = np.asarray(note, np.float64)
         self._stage = -1
         self._exchange: Exchange | None = None
         self._gather: Gather | None = None
@@ -255,10 +152,19 @@ class Flight:
         receives = self._receives(stage)
         sends = self._sends(stage)
         self._note_messages(stage, receives, sends)
+        if not self.late:
+            for key in [key for key, missing in self._open.items() if not missing]:
+                self._mix(key)
         if self._last and not self.late:
             self._open_gather()
         self._exchange = Exchange(
-            self.seat.wire, self.sequence, self._stage, receives, sends, record=self.seat.record
+            self.seat.wire,
+            self.sequence,
+            self._stage,
+            receives,
+            sends,
+            window=self.seat.window,
+            record=self.seat.record,
         )
 
     def _receives(self, stage: Stage) -> list[Message]:
@@ -280,9 +186,15 @@ class Flight:
         seat = self.seat
         wanted = [(t, cell) for t in stage.sends for cell in seat.cells(stage.grid, t.unit)]
         distinct = {(t.slot, cell.index): cell for t, cell in wanted}
+        if self.late:  # a late merge needs the snapshot, also of what is only received
+            distinct |= {
+                (t.slot, c.index): c for t in stage.receives for c in seat.cells(stage.grid, t.unit)
+            }
         seat.outgoing.reset(sum(_room(c, seat.on_wire(c, stage.rule)) for c in distinct.values()))
-        for (slot, _), cell in distinct.items():
-            self._put_out(stage, slot, cell)
+        for key, cell in distinct.items():
+            self._put_out(stage, key[0], cell)
+            if key not in self._open and key not in self._in_place:
+                self._open[key], self._arrivals[key] = 0, []
         messages = []
         for transfer, cell in wanted:
             key = (transfer.slot, cell.index)
@@ -297,14 +209,24 @@ class Flight:
         """Choose the values to send: where they lie if that is safe, else a copy of them."""
         seat, key = self.seat, (slot, cell.index)
         views = seat.views(cell)
-        other = self.method.message(self.state, slot, cell.unit, views)
+        other = None
+        if stage.rule == "mix":
+            other = self.method.message(self.state, self.round.number, slot, cell.unit, views)
         dtype = seat.on_wire(cell, stage.rule)
         if other is None and not self.late and dtype == views[slot].dtype:
             self._sent[key] = views[slot]
             self._in_place.add(key)
             return
         copy = seat.outgoing.take(_room(cell, dtype))[: _travelling(cell, dtype)].view(dtype)
-        copy[...] = views[slot] if other is None else other
+        try:
+            with np.errstate(over="raise"):
+                copy[...] = views[slot] if other is None else other
+        except FloatingPointError:
+            raise PlanError(
+                f"rank {seat.rank} (node {seat.node}), round {self.round.number}, segment "
+                f"{seat.grid(stage.grid).units[cell.unit]!r}: a value is too large for "
+                f"wire_dtype={dtype.name!r}. Use wire_dtype='bfloat16', or None."
+            ) from None
         self._sent[key] = copy
 
     def _message(self, stage: Stage, transfer: Transfer, cell: Cell, data: Bytes) -> Message:
@@ -367,6 +289,7 @@ class Flight:
             [values for _, values in transfers],
             self.notes,
             self.own_note,
+            self.round.number,
         )
         self.method.apply(self.state, arrival, views)
         self.seat.record("mixed", self.sequence, self._stage, index)

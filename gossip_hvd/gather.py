@@ -10,7 +10,7 @@ from gossip_hvd.transport import Bytes
 from gossip_hvd.transport.exchange import Exchange, Message, tag_of
 
 if TYPE_CHECKING:
-    from gossip_hvd.flight import Seat
+    from gossip_hvd.seat import Seat
 
 
 class Gather:
@@ -27,7 +27,7 @@ class Gather:
         touched = dict.fromkeys(
             (stage.grid, t.slot, t.unit)
             for stage in round_.stages
-            for t in stage.receives
+            for t in (*stage.receives, *stage.sends)
             if t.slot in SHARED_SLOTS
         )
         self._mine: dict[tuple[str, str, int], Cell] = {}
@@ -38,7 +38,7 @@ class Gather:
                 if holder == seat.rank:
                     self._mine[grid, slot, cell.index] = cell
                 else:
-                    receives.append(self._message(holder, slot, cell))
+                    receives.append(self._message(holder, grid, slot, cell))
         self._exchange = Exchange(seat.wire, sequence, 0, receives, gated=False, record=seat.record)
 
     @property
@@ -54,7 +54,7 @@ class Gather:
         """This rank's cell has its final values: send it to all siblings."""
         cell = self._mine.pop((grid, slot, index), None)
         if cell is not None:
-            self._exchange.send(self._message(rank, slot, cell) for rank in self._seat.siblings)
+            self._exchange.send(self._message(rank, grid, slot, cell) for rank in self._seat.siblings)
 
     def release_all(self, grid: str | None = None, *, but: set[tuple[str, int]]) -> None:
         """Release every cell, except those of ``grid`` whose (slot, index) is in ``but``."""
@@ -66,7 +66,9 @@ class Gather:
         """Messages still under way."""
         return self._exchange.outstanding()
 
-    def _message(self, rank: int, slot: str, cell: Cell) -> Message:
+    def _message(self, rank: int, grid: str, slot: str, cell: Cell) -> Message:
         data: Bytes = self._seat.memory[slot][cell.start : cell.stop]
-        tag = tag_of("gather", self._sequence, 0, cell.index, SHARED_SLOTS.index(slot))
+        # A round may change one slot in both grids, whose cells have the same numbers.
+        part = int(grid == "parts")
+        tag = tag_of("gather", self._sequence, part, cell.index, SHARED_SLOTS.index(slot))
         return Message(rank, tag, data, None, cell.index)

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 
 from gossip_hvd.agreement import require_agreement
 from gossip_hvd.engine import Engine
-from gossip_hvd.flight import Seat
 from gossip_hvd.memory import Memory, PlainMemory
 from gossip_hvd.methods import Method
 from gossip_hvd.options import EngineOptions
 from gossip_hvd.progress import Steps, ThreadProgress, drive
 from gossip_hvd.rounds import WEIGHTS
+from gossip_hvd.seat import Seat
 from gossip_hvd.segments import Layout
 from gossip_hvd.session import Session
 
@@ -54,13 +54,11 @@ class Gossip:
         facts: Mapping[str, object],
     ) -> None:
         self.session, self.method, self.options = current, method, options
-        number = next(_counter)
-        self.key = f"gossip_hvd.{number}"
+        self._number = next(_counter)
+        self.key = f"gossip_hvd.{self._number}"
         everything = {"method": method, "engine options": options, **facts}
         require_agreement(current.world, "DistributedOptimizer", everything)
         self._wire = current.world.wire()
-        _running[number] = self
-        current.closers.append(self.close)
 
     # What users call -------------------------------------------------------------------------
 
@@ -127,6 +125,7 @@ class Gossip:
             memory,
             wire_dtype=self.options.wire_dtype,
             largest=self.options.chunk_bytes,
+            window=self.options.window,
         )
         late = self.options.timing == "awc" and len(current.cluster.nodes) > 1
         self.engine = Engine(
@@ -139,12 +138,15 @@ class Gossip:
         )
         if before is not None:
             self.engine.resume(before)
+            return
+        _running[self._number] = self
+        current.closers.append(self.close)
 
     def reduced(self) -> None:
         """At the end of a backward whose gradients have been averaged over the node."""
         if self.delegated or self.engine.alone:
             return
-        if self.method.when == "reduction":
+        if self.engine.when == "reduction":
             self.engine.reduced()
             self._run(self.engine.step())
             return

@@ -45,6 +45,9 @@ def combine(
         weights: one a peer, in the same order.
         out: 1-D, same dtype as ``now``; may be ``now``.
     """
+    if not received:
+        out[...] = now
+        return
     fresh = sent is now
     if fresh and now.dtype == np.float32 and len(received) == 1 and received[0].dtype == now.dtype:
         _combine_one(now, received[0], weights[0], out)

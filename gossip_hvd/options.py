@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from gossip_hvd.errors import ConfigError, unknown
-from gossip_hvd.segments import LARGEST_MESSAGE
+from gossip_hvd.segments import ALIGN, LARGEST_MESSAGE
 from gossip_hvd.settings import setting
 
 TIMINGS = ("atc", "awc")
@@ -25,6 +25,7 @@ class EngineOptions:
         wire_dtype: ``"bfloat16"`` or ``"float16"`` rounds float32 and float64 values on the wire;
             the mean over nodes stays exact.
         chunk_bytes: the largest message.
+        window: messages that a rank sends at once; None for all.
     """
 
     seed: int = 0
@@ -32,6 +33,7 @@ class EngineOptions:
     staleness: int = 0
     wire_dtype: str | None = None
     chunk_bytes: int = LARGEST_MESSAGE
+    window: int | None = None
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> EngineOptions:
@@ -52,8 +54,11 @@ class EngineOptions:
                 f"staleness={made.staleness} with timing={made.timing!r}: staleness is 0 or more "
                 "rounds, and only timing='awc' leaves an exchange in flight."
             )
-        if not 64 <= made.chunk_bytes <= LARGEST_MESSAGE:
+        if made.chunk_bytes % ALIGN or not ALIGN <= made.chunk_bytes <= LARGEST_MESSAGE:
             raise ConfigError(
-                f"chunk_bytes={made.chunk_bytes}: expected 64 to {LARGEST_MESSAGE} bytes."
+                f"chunk_bytes={made.chunk_bytes}: expected a multiple of {ALIGN}, up to "
+                f"{LARGEST_MESSAGE}."
             )
+        if made.window is not None and made.window < 1:
+            raise ConfigError(f"window={made.window}: expected 1 message or more, or None.")
         return made

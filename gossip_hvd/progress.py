@@ -19,6 +19,10 @@ Steps = Iterator[Flight]
 """An operation under way: each item is the flight it waits for; polled by asking for the next."""
 
 
+LONGEST_PAUSE = 2e-3
+"""Seconds between two polls of a flight in which nothing has completed for a while."""
+
+
 class Progress(Protocol):
     """Moves a late flight until it has arrived."""
 
@@ -51,8 +55,7 @@ class CallerProgress:
 class ThreadProgress:
     """Moves a flight from a thread of its own, which sleeps while nothing is in flight."""
 
-    def __init__(self, pause: float = PAUSE) -> None:
-        self._pause = pause
+    def __init__(self) -> None:
         self._flight: Flight | None = None
         self._work = threading.Event()
         self._idle = threading.Event()
@@ -71,7 +74,7 @@ class ThreadProgress:
 
     def arrived(self, flight: Flight) -> bool:
         """Wait a moment for the thread; True once it has let go of the flight."""
-        done = self._idle.wait(self._pause)
+        done = self._idle.wait(PAUSE)
         if self._error is not None:
             raise self._error
         return done
@@ -96,11 +99,13 @@ class ThreadProgress:
             self._idle.set()
 
     def _fly(self, flight: Flight | None) -> None:
+        pause = PAUSE
         while flight is not None and not flight.arrived and not self._closed:
             before = flight.seat.record.count
             flight.poll()
-            if flight.seat.record.count == before:
-                time.sleep(self._pause)
+            # Fast links find something at nearly every poll; slow ones need few polls.
+            pause = PAUSE if flight.seat.record.count != before else min(1.5 * pause, LONGEST_PAUSE)
+            time.sleep(pause)
         if flight is not None:
             flight.hand_over()
 

@@ -17,7 +17,10 @@ GRADIENTS = "gradients"
 MOMENTUM = "momentum"
 """The payload slot of the optimizer's momentum buffers."""
 
-SHARED_SLOTS = (WEIGHTS, GRADIENTS, MOMENTUM)
+VARIANCE = "variance"
+"""The payload slot of a second history, such as Adam's mean square gradient."""
+
+SHARED_SLOTS = (WEIGHTS, GRADIENTS, MOMENTUM, VARIANCE)
 """The slots that travel, which every rank of a node holds whole."""
 
 
@@ -49,7 +52,7 @@ class Stage:
         grid: how units cut the model: ``"segments"`` (the model's segments) or ``"parts"``
             (as many equal parts as there are nodes, part j owned by node j).
         rule: the arithmetic of an arrival: ``"mix"`` with the transfers' weights, ``"mean"`` of
-            own and all received, ``"copy"`` of the one received.
+            own and all received, ``"copy"`` of the one received, or one of a method's own.
     """
 
     sends: tuple[Transfer, ...]

@@ -154,7 +154,7 @@ class Layout:
     def runs(self) -> tuple[tuple[int, int, str], ...]:
         """Maximal ranges (start, stop, dtype) of one dtype."""
         runs: list[tuple[int, int, str]] = []
-        ends = [*self.offsets[1:], self.nbytes]
+        ends = (*self.offsets, self.nbytes)[1:]
         for field, start, stop in zip(self.fields, self.offsets, ends, strict=True):
             if runs and runs[-1][2] == field.dtype:
                 runs[-1] = (runs[-1][0], stop, field.dtype)

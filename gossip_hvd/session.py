@@ -16,6 +16,7 @@ from gossip_hvd import __version__
 from gossip_hvd.agreement import require_agreement
 from gossip_hvd.errors import ConfigError, unknown
 from gossip_hvd.node import Cluster
+from gossip_hvd.operations import Operations
 from gossip_hvd.settings import PREFIX, SCOPES, VARIABLES, refuse_unknown, setting
 from gossip_hvd.transport import mpi
 from gossip_hvd.transport.mpi import World
@@ -55,6 +56,7 @@ class Session:
         scope: ``"node"`` or ``"world"``.
         node_comm: the communicator of this rank's node.
         arguments: what ``init`` was called with.
+        operations: world-wide operations matched by name.
         process_sets: by framework, this node's Horovod process set; None for a node of one rank.
         frameworks: by name, the Horovod modules that run.
         closers: called in order at shutdown, while all ranks are still there.
@@ -65,6 +67,7 @@ class Session:
     scope: str
     node_comm: Any
     arguments: dict[str, Any]
+    operations: Operations
     process_sets: dict[str, Any] = field(default_factory=dict)
     frameworks: dict[str, Horovod] = field(default_factory=dict)
     closers: list[Callable[[], None]] = field(default_factory=list)
@@ -114,7 +117,8 @@ def init(
         framework: ``"torch"`` or ``"tensorflow"``; each has a Horovod of its own.
         hvd: its module.
         comm: an mpi4py communicator or a list of world ranks; by default all.
-        process_sets: further Horovod process sets, in scope ``"world"`` only.
+        process_sets: further process sets, or ``"dynamic"``; in scope ``"node"`` Horovod knows
+            the ranks of one node only, and the adapter makes them.
         horovod_scope: ``"node"`` or ``"world"``; else ``GOSSIP_HVD_SCOPE``, else ``"node"``.
         node_size: ranks of a virtual node; else ``GOSSIP_HVD_NODE_SIZE``, else physical nodes.
 
@@ -154,8 +158,11 @@ def shutdown() -> None:
     if session is None:
         return
     atexit.unregister(shutdown)
+    # Another rank may still evaluate or save for long: wait with patience, then finish together.
+    session.world.barrier("shutdown", setting("SHUTDOWN_TIMEOUT"))
     for closer in session.closers:
         closer()
+    session.operations.close()
     # A fast rank may not close Horovod or MPI under a slow one.
     session.world.barrier("shutdown")
     for hvd in session.frameworks.values():
@@ -169,11 +176,6 @@ def _start(arguments: dict[str, Any]) -> Session:
     scope = arguments["horovod_scope"]
     if scope not in SCOPES:
         raise unknown("horovod_scope", scope, SCOPES)
-    if scope == "node" and arguments["process_sets"] is not None:
-        raise ConfigError(
-            "process_sets need horovod_scope='world': in scope 'node' Horovod knows the ranks of "
-            "one node only."
-        )
     MPI = mpi.start()
     _abort_on_errors(MPI)
     comm = arguments["comm"]
@@ -204,7 +206,7 @@ def _start(arguments: dict[str, Any]) -> Session:
         log.warning(
             "gossip_hvd: one node of %d rank(s): there is nobody to gossip with.", world.size
         )
-    return Session(world, cluster, scope, node_comm, arguments)
+    return Session(world, cluster, scope, node_comm, arguments, Operations(world))
 
 
 def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any) -> None:
@@ -216,6 +218,9 @@ def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any
     else:
         nodes = session.cluster.nodes
         ours = [hvd.ProcessSet(list(ranks)) for ranks in nodes] if len(nodes) > 1 else []
+        if process_sets == "dynamic":
+            os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
+            process_sets = None
         by_ranks = {tuple(s.ranks): s for s in process_sets or () if s.ranks}
         extra = [s for s in process_sets or () if tuple(s.ranks or ()) not in set(nodes)]
         sets = [by_ranks.get(ranks, s) for ranks, s in zip(nodes, ours, strict=False)]

@@ -53,6 +53,9 @@ VARIABLES: dict[str, Variable] = {
     "STALL_TIMEOUT": Variable(
         _seconds, 300.0, "a number of seconds", "how long a wait may be without any progress"
     ),
+    "SHUTDOWN_TIMEOUT": Variable(
+        _seconds, 3600.0, "a number of seconds", "how long a rank that has ended waits for others"
+    ),
 }
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from gossip_hvd.engine import Engine
 from gossip_hvd.errors import StallError
-from gossip_hvd.flight import Seat
 from gossip_hvd.memory import PlainMemory
 from gossip_hvd.methods import Method
 from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.node import Cluster
 from gossip_hvd.progress import Steps
 from gossip_hvd.rounds import GRADIENTS, MOMENTUM, WEIGHTS
+from gossip_hvd.seat import Seat
 from gossip_hvd.segments import LARGEST_MESSAGE, Layout
 from gossip_hvd.transport.memory import Switchboard
 
 Update = Callable[[int, Array], None]
 """The local step of one node: changes its flat weights in place."""
+
+Gradient = Callable[[int, Array], Array]
+"""The gradient of one node at its weights, averaged over its ranks."""
+
+LocalStep = Callable[[Mapping[str, Array]], None]
+"""An optimizer's step on the flat values of every slot."""
 
 
 class Simulation:
@@ -59,16 +65,14 @@ class Simulation:
             memory = PlainMemory(
                 (slot, np.zeros(layout.nbytes, np.uint8)) for slot in (WEIGHTS, *slots)
             )
-            seat = Seat(cluster, rank, layout, self.board.wire(rank), memory)
             seat = Seat(
                 cluster,
                 rank,
                 layout,
                 self.board.wire(rank),
                 memory,
-                {name: np.zeros(seat.share.nbytes, np.uint8) for name in method.arrays},
-                wire_dtype,
-                largest,
+                wire_dtype=wire_dtype,
+                largest=largest,
             )
             self.engines.append(Engine(seat, method, seed=seed, timing=timing, staleness=staleness))
 
@@ -92,6 +96,38 @@ class Simulation:
             if update is not None:
                 update(self.cluster.node_of(rank), self.values(rank))
             engine.reduced()
+        self.run([engine.step() for engine in self.engines])
+
+    def train(
+        self,
+        gradient: Gradient,
+        local_step: LocalStep,
+        rate: float | Sequence[float] | None = None,
+        losses: Sequence[float] | None = None,
+    ) -> None:
+        """One training step of every node, each hook at the moment at which an adapter calls it.
+
+        Args:
+            gradient: gives every node's gradient.
+            local_step: of the optimizer.
+            rate: the learning rate, for methods that need it.
+            losses: one a node, for methods that need it.
+        """
+        for rank, engine in enumerate(self.engines):
+            node = self.cluster.node_of(rank)
+            self.values(rank, GRADIENTS)[...] = gradient(node, self.values(rank))
+            if rate is not None:
+                engine.learn(rate)
+            engine.loss = None if losses is None else losses[node]
+        early = self.engines[0].when == "reduction"
+        for engine in self.engines:
+            engine.reduced()
+        if early:
+            self.run([engine.step() for engine in self.engines])
+        for rank, engine in enumerate(self.engines):
+            engine.before_step()
+            slots = engine.seat.memory.items()
+            local_step({name: self.values(rank, name) for name, _ in slots})
         self.run([engine.step() for engine in self.engines])
 
     def drain(self) -> None:

@@ -112,6 +112,26 @@ def test_an_ungated_exchange_sends_at_once_and_says_nothing() -> None:
     assert wire.asked[2:] == [("send", 3, 9)]
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, None])
+def test_a_window_bounds_how_many_sends_are_under_way(window: int | None) -> None:
+    wire = ScriptedWire()
+    sends = [Message(peer, tag, data()) for peer in (1, 2) for tag in range(10, 14)]
+    exchange = Exchange(wire, 0, 0, [], sends, window=window)
+    wire.complete("receive", 1, WORD)
+    wire.complete("receive", 2, WORD)
+    under_way: list[Any] = []
+    for turn in range(9):
+        exchange.poll()
+        under_way = [a for a in wire.asked[2:] if wire.asked.index(a) not in wire.completed]
+        assert len(under_way) == min(window or 8, 8 - turn)
+        assert len(exchange.outstanding()) == 8 - turn
+        assert exchange.done == (turn == 8)
+        if under_way:
+            wire.complete(*under_way[0])
+    flows = [peer for _, peer, _ in wire.asked[2:]]
+    assert flows == [1, 2] * 4, "both peers' flows advance together"
+
+
 def test_poll_reports_each_message_once_and_done_comes_last() -> None:
     wire = ScriptedWire()
     comes, goes = Message(1, 8, data(), "in"), Message(2, 9, data(), "out")
@@ -194,47 +214,57 @@ def test_tags_that_may_meet_differ() -> None:
 # Delivery --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_order_of_delivery_brings_every_byte(ranks: int) -> None:
-    """Two exchanges one after the other on every rank: a fast rank begins the next at once."""
-    pairs = [(a, b) for a, b in product(range(ranks), repeat=2) if a != b]
+class TwoStages:
+    """Everybody sends to everybody, twice; a rank begins the second time as soon as it can."""
 
+    def __init__(self, ranks: int, seed: int) -> None:
+        self.board = Switchboard(ranks, seed=seed, slowest=seed % 12)
+        self.draw = stdlib_random.Random(seed)
+        self.window = self.draw.choice([None, 1, 2])
+        self.pairs = [(a, b) for a, b in product(range(ranks), repeat=2) if a != b]
+        self.stage = [0] * ranks
+        self.inbox: dict[tuple[int, int, int, int], Bytes] = {}
+        self.exchanges = [self.begin(rank) for rank in range(ranks)]
+
+    @staticmethod
     def value(source: int, target: int, cell: int, stage: int) -> int:
         return 1 + source + 5 * target + 25 * cell + 100 * stage
 
-    for seed in range(1500):
-        board = Switchboard(ranks, seed=seed, slowest=seed % 12)
-        draw = stdlib_random.Random(seed)
-        stage = [0] * ranks
-        inbox: dict[tuple[int, int, int, int], Bytes] = {}
+    def begin(self, me: int) -> Exchange:
+        at, receives, sends = self.stage[me], [], []
+        for (a, b), cell in product(self.pairs, range(2)):
+            tag, size = tag_of("data", 0, at, cell), 1 + a + 2 * b + 4 * cell
+            if b == me:
+                self.inbox[a, b, cell, at] = data(size)
+                receives.append(Message(a, tag, self.inbox[a, b, cell, at]))
+            if a == me:
+                sends.append(Message(b, tag, data(size, self.value(a, b, cell, at))))
+        self.draw.shuffle(sends)
+        wire = StrictWire(me, self.board)
+        return Exchange(wire, 0, at, receives, sends, window=self.window)
 
-        def begin(me: int, board: Switchboard = board, inbox: Any = inbox, stage: Any = stage) -> Exchange:
-            at, receives, sends = stage[me], [], []
-            for (a, b), cell in product(pairs, range(2)):
-                tag, size = tag_of("data", 0, at, cell), 1 + a + 2 * b + 4 * cell
-                if b == me:
-                    inbox[a, b, cell, at] = data(size)
-                    receives.append(Message(a, tag, inbox[a, b, cell, at]))
-                if a == me:
-                    sends.append(Message(b, tag, data(size, value(a, b, cell, at))))
-            draw.shuffle(sends)
-            return Exchange(StrictWire(me, board), 0, at, receives, sends)
-
-        exchanges = [begin(me) for me in range(ranks)]
+    def run(self) -> None:
         for _ in range(10_000):
-            going = [me for me in range(ranks) if stage[me] < 2]
+            going = [me for me, stage in enumerate(self.stage) if stage < 2]
             if not going:
-                break
-            me = draw.choice(going)
-            exchanges[me].poll()
-            if exchanges[me].done:
-                stage[me] += 1
-                if stage[me] < 2:
-                    exchanges[me] = begin(me)
-        assert stage == [2] * ranks, f"seed {seed}"
-        assert board.idle()
-        assert len(inbox) == len(pairs) * 4
-        assert all((got == value(*at)).all() for at, got in inbox.items()), f"seed {seed}"
+                return
+            me = self.draw.choice(going)
+            self.exchanges[me].poll()
+            if self.exchanges[me].done:
+                self.stage[me] += 1
+                if self.stage[me] < 2:
+                    self.exchanges[me] = self.begin(me)
+        raise AssertionError([exchange.outstanding() for exchange in self.exchanges])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_order_of_delivery_brings_every_byte(ranks: int) -> None:
+    for seed in range(1500):
+        both = TwoStages(ranks, seed)
+        both.run()
+        assert both.board.idle()
+        assert len(both.inbox) == len(both.pairs) * 4
+        assert all((got == both.value(*at)).all() for at, got in both.inbox.items()), seed
 
 
 def test_the_wire_reads_the_senders_buffer_only_on_delivery() -> None:
@@ -257,7 +287,7 @@ def test_messages_of_one_tag_keep_their_order() -> None:
         boxes = [data(1) for _ in range(5)]
         for i in range(5):
             sender.send(1, 3, data(1, i))
-        handles = [receiver.receive(0, 3, box) for box in boxes]
+        handles: list[Any] = [receiver.receive(0, 3, box) for box in boxes]
         for _ in range(100):
             receiver.test(handles)
         assert [int(box[0]) for box in boxes] == list(range(5))
@@ -267,7 +297,7 @@ def test_messages_of_one_tag_keep_their_order() -> None:
 def test_seeds_decide_the_order_of_delivery() -> None:
     def order(seed: int) -> list[int]:
         board = Switchboard(2, seed=seed, slowest=6)
-        handles = [board.wire(1).receive(0, tag, data(1)) for tag in range(6)]
+        handles: list[Any] = [board.wire(1).receive(0, tag, data(1)) for tag in range(6)]
         for tag in range(6):
             board.wire(0).send(1, tag, data(1))
         arrived: list[int] = []

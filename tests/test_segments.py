@@ -76,9 +76,7 @@ def test_runs_tile_the_buffer_and_say_each_fields_dtype(layout: Layout) -> None:
 
 
 @given(layouts, node_sizes, largest_)
-def test_cells_tile_the_buffer_exactly_once(
-    layout: Layout, sizes: list[int], largest: int
-) -> None:
+def test_cells_tile_the_buffer_exactly_once(layout: Layout, sizes: list[int], largest: int) -> None:
     for grid in grids(layout, sizes, largest):
         assert tiles([(c.start, c.stop) for c in grid.cells], layout.nbytes)
         assert all(c.nbytes > 0 for c in grid.cells)

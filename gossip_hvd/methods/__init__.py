@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
-
-from gossip_hvd.errors import ConfigError, unknown
+from gossip_hvd.methods.adaptive_consensus import AdaptiveConsensus
 from gossip_hvd.methods.allreduce import AllReduce
-from gossip_hvd.methods.contract import Method
+from gossip_hvd.methods.ceca import Ceca
+from gossip_hvd.methods.contract import Method, State, restored
 from gossip_hvd.methods.crossover import Crossover
+from gossip_hvd.methods.decentlam import DecentLaM
+from gossip_hvd.methods.global_averaging import GossipAGA, GossipPGA
 from gossip_hvd.methods.gossip import Gossip
+from gossip_hvd.methods.gossipgrad import GossipGraD
+from gossip_hvd.methods.local_sgd import LocalSGD, PostLocalSGD
+from gossip_hvd.methods.momentum import AveragedMomentum
+from gossip_hvd.methods.over import Silent
+from gossip_hvd.methods.push_sum import SGP
+from gossip_hvd.methods.quasi_global import QuasiGlobal
+from gossip_hvd.methods.registry import METHODS, method_of
+from gossip_hvd.methods.schedule import Schedule
+from gossip_hvd.methods.slowmo import SlowMo
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (AllReduce, Crossover, Gossip)}
-
-
-def method_of(named: str | Method, **options: Any) -> Method:
-    """The method of that name with these options; a method object passes through.
-
-    Args:
-        named: a name from ``METHODS`` or a method.
-        options: the method's own options.
-
-    Raises:
-        ConfigError: for an unknown name or option, with the nearest that exists.
-    """
-    if isinstance(named, Method):
-        if options:
-            raise ConfigError(
-                f"options {sorted(options)} beside a method object: set them on {named!r}."
-            )
-        return named
-    kind = METHODS.get(named)
-    if kind is None:
-        raise unknown("method", named, METHODS)
-    known = [f.name for f in fields(kind)]
-    for name in options:
-        if name not in known:
-            raise unknown(f"option of method {named!r}", name, known or ["(none)"])
-    return kind(**options)
-
-
-__all__ = ["METHODS", "AllReduce", "Crossover", "Gossip", "Method", "method_of"]
+__all__ = [
+    "METHODS",
+    "SGP",
+    "AdaptiveConsensus",
+    "AllReduce",
+    "AveragedMomentum",
+    "Ceca",
+    "Crossover",
+    "DecentLaM",
+    "Gossip",
+    "GossipAGA",
+    "GossipGraD",
+    "GossipPGA",
+    "LocalSGD",
+    "Method",
+    "PostLocalSGD",
+    "QuasiGlobal",
+    "Schedule",
+    "Silent",
+    "SlowMo",
+    "State",
+    "method_of",
+    "restored",
+]

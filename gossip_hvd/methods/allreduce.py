@@ -2,18 +2,24 @@
 
     g_i ← (1/n) Σ_j g_j ;  x_i ← x_i − γ d(g_i)
 
-Cost: 2M(n−1)/n bytes a node and a round.
+| paper | here |
+|---|---|
+| g_i | the node's mean gradient, slot ``"gradients"`` |
+
+Cost: 2M(n−1)/n bytes a node and a round, on the critical path.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from gossip_hvd.methods.contract import Method, State
+from gossip_hvd.methods.contract import Method, Moment, State
+from gossip_hvd.methods.registry import registered
 from gossip_hvd.rounds import GRADIENTS, Round, exact_mean
 
 
+@registered
 @dataclass(frozen=True)
 class AllReduce(Method):
     """The exact mean of the nodes' gradients before every step.
@@ -23,9 +29,20 @@ class AllReduce(Method):
     """
 
     name: ClassVar[str] = "allreduce"
-    when: ClassVar[Literal["step", "reduction"]] = "reduction"
-    timings: ClassVar[tuple[str, ...]] = ("atc",)
-    writes: ClassVar[tuple[str, ...]] = (GRADIENTS,)
+
+    @property
+    def timings(self) -> tuple[str, ...]:
+        """The step needs the result: nothing can be merged later."""
+        return ("atc",)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Gradients, not weights."""
+        return (GRADIENTS,)
+
+    def when(self, number: int) -> Moment:
+        """Before the local step."""
+        return "reduction"
 
     def plan(self, state: State, number: int, me: int) -> Round:
         """See ``Method.plan``."""

@@ -13,7 +13,8 @@ peers. W_s = ½(I + P_s) is doubly stochastic: the mean over nodes is kept witho
 | roulette, Algorithm 2 with its n−2 repair | ``peers="fair"`` |
 | ``w/o fair peers`` | ``peers="unfair"`` |
 
-Cost: M bytes and one message a segment, a node and a round. Expected contraction of the squared
+Cost: M bytes and one message a segment, a node and a round (a k-th of that with ``stream=k``,
+which the paper does not have). Expected contraction of the squared
 consensus distance (n−2)/(2(n−1)) a round, for ``uniform`` and ``shift``.
 
 Differs from the authors' code: peers come from a counter-based hash, not from a stream that a
@@ -32,7 +33,8 @@ from typing import ClassVar
 
 from gossip_hvd.errors import unknown
 from gossip_hvd.methods.contract import Method, State
-from gossip_hvd.methods.gossip import mixing_round
+from gossip_hvd.methods.gossip import mixing_round, require_stream
+from gossip_hvd.methods.registry import registered
 from gossip_hvd.rounds import Round
 from gossip_hvd.topology import Derangement, Fair, Shift, Topology, Unfair
 
@@ -44,6 +46,7 @@ PEERS: dict[str, Topology] = {
 }
 
 
+@registered
 @dataclass(frozen=True)
 class Crossover(Method):
     """Segment-wise gossip with random peers.
@@ -53,18 +56,21 @@ class Crossover(Method):
             ``"shift"`` (a random circular shift: the same expected contraction, O(1) to plan) or
             ``"unfair"`` (a free draw with replacement, row-stochastic: the papers' ablation; the
             mean is then not kept).
+        stream: 1 exchanges every segment in every round; k only every k-th, in turn.
     """
 
     name: ClassVar[str] = "crossover"
 
     peers: str = "fair"
+    stream: int = 1
 
     def start(self, nodes: int, segments: int, seed: int) -> State:
         """See ``Method.start``; refuses unknown kinds of peers."""
         if self.peers not in PEERS:
             raise unknown("peers", self.peers, PEERS)
+        require_stream(self, self.stream)
         return super().start(nodes, segments, seed)
 
     def plan(self, state: State, number: int, me: int) -> Round:
         """See ``Method.plan``."""
-        return mixing_round(PEERS[self.peers], state, number, me)
+        return mixing_round(PEERS[self.peers], state, number, me, stream=self.stream)

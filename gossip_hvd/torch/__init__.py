@@ -1,24 +1,41 @@
 """The PyTorch adapter: ``import gossip_hvd.torch as hvd`` in place of ``import horovod.torch``."""
 
 from horovod.torch import (
+    Adasum,
     Average,
     Compression,
+    HorovodInternalError,
     Max,
     Min,
-    ProcessSet,
     Product,
     Sum,
-    global_process_set,
+    ccl_built,
+    cuda_built,
+    ddl_built,
     gloo_built,
+    gloo_enabled,
     mpi_built,
     mpi_enabled,
     mpi_threads_supported,
     nccl_built,
+    rocm_built,
 )
 
-from gossip_hvd.errors import ConfigError, GossipError, PeerLostError, StallError
+from gossip_hvd.errors import ConfigError, GossipError, OperationError, PeerLostError, StallError
+from gossip_hvd.torch import elastic
+from gossip_hvd.torch.allreduce import (
+    allreduce,
+    allreduce_,
+    allreduce_async,
+    allreduce_async_,
+    grouped_allreduce,
+    grouped_allreduce_,
+    grouped_allreduce_async,
+    grouped_allreduce_async_,
+    sparse_allreduce_async,
+)
+from gossip_hvd.torch.averaging import average_parameters
 from gossip_hvd.torch.basics import (
-    barrier,
     cross_rank,
     cross_size,
     init,
@@ -26,7 +43,6 @@ from gossip_hvd.torch.basics import (
     local_rank,
     local_size,
     node,
-    node_process_set,
     node_rank,
     node_size,
     nodes,
@@ -34,49 +50,97 @@ from gossip_hvd.torch.basics import (
     shutdown,
     size,
 )
-from gossip_hvd.torch.collectives import (
+from gossip_hvd.torch.broadcast import broadcast, broadcast_, broadcast_async, broadcast_async_
+from gossip_hvd.torch.functions import (
     allgather_object,
-    allreduce,
-    allreduce_,
-    average_parameters,
-    broadcast,
-    broadcast_,
     broadcast_object,
     broadcast_optimizer_state,
     broadcast_parameters,
 )
+from gossip_hvd.torch.gather import (
+    allgather,
+    allgather_async,
+    alltoall,
+    alltoall_async,
+    grouped_allgather,
+    grouped_allgather_async,
+)
+from gossip_hvd.torch.handles import poll, synchronize
+from gossip_hvd.torch.join import barrier, join
 from gossip_hvd.torch.optimizer import DistributedOptimizer, TorchGossip
+from gossip_hvd.torch.process_sets import (
+    ProcessSet,
+    add_process_set,
+    global_process_set,
+    node_process_set,
+    remove_process_set,
+)
+from gossip_hvd.torch.reducescatter import (
+    grouped_reducescatter,
+    grouped_reducescatter_async,
+    reducescatter,
+    reducescatter_async,
+)
+from gossip_hvd.torch.sync_batch_norm import SyncBatchNorm
+from gossip_hvd.torch.timeline import start_timeline, stop_timeline
 
 __all__ = [
+    "Adasum",
     "Average",
     "Compression",
     "ConfigError",
     "DistributedOptimizer",
     "GossipError",
+    "HorovodInternalError",
     "Max",
     "Min",
+    "OperationError",
     "PeerLostError",
     "ProcessSet",
     "Product",
     "StallError",
     "Sum",
+    "SyncBatchNorm",
     "TorchGossip",
+    "add_process_set",
+    "allgather",
+    "allgather_async",
     "allgather_object",
     "allreduce",
     "allreduce_",
+    "allreduce_async",
+    "allreduce_async_",
+    "alltoall",
+    "alltoall_async",
     "average_parameters",
     "barrier",
     "broadcast",
     "broadcast_",
+    "broadcast_async",
+    "broadcast_async_",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "ccl_built",
     "cross_rank",
     "cross_size",
+    "cuda_built",
+    "ddl_built",
+    "elastic",
     "global_process_set",
     "gloo_built",
+    "gloo_enabled",
+    "grouped_allgather",
+    "grouped_allgather_async",
+    "grouped_allreduce",
+    "grouped_allreduce_",
+    "grouped_allreduce_async",
+    "grouped_allreduce_async_",
+    "grouped_reducescatter",
+    "grouped_reducescatter_async",
     "init",
     "is_initialized",
+    "join",
     "local_rank",
     "local_size",
     "mpi_built",
@@ -88,7 +152,16 @@ __all__ = [
     "node_rank",
     "node_size",
     "nodes",
+    "poll",
     "rank",
+    "reducescatter",
+    "reducescatter_async",
+    "remove_process_set",
+    "rocm_built",
     "shutdown",
     "size",
+    "sparse_allreduce_async",
+    "start_timeline",
+    "stop_timeline",
+    "synchronize",
 ]

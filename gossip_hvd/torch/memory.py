@@ -26,7 +26,7 @@ NAMES = {
 COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
-def field_of(name: str, tensor: torch.Tensor, block: str) -> Field:
+def field_of(name: str, tensor: torch.Tensor) -> Field:
     """The field of one parameter; complex numbers count as pairs.
 
     Raises:
@@ -40,7 +40,7 @@ def field_of(name: str, tensor: torch.Tensor, block: str) -> Field:
             f"parameter {name!r} is {tensor.dtype}: only floating and complex parameters can be "
             "averaged. Freeze it (requires_grad=False) or make it a buffer."
         )
-    return Field(name, NAMES[dtype], size, dtype.itemsize, block)
+    return Field(name, NAMES[dtype], size, dtype.itemsize)
 
 
 class TorchMemory:
@@ -58,7 +58,7 @@ class TorchMemory:
         layout: Layout,
         parameters: Sequence[torch.Tensor],
         slots: Iterable[str] = (WEIGHTS,),
-        momentum: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        momentum: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
     ) -> None:
         self._layout, self._parameters, self._momentum = layout, list(parameters), momentum
         self._flat: dict[str, torch.Tensor] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import horovod.torch as horovod
@@ -17,18 +17,16 @@ import torch
 
 from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
+from gossip_hvd.blocks import Segments, blocks_of, layout_of
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import Gossip
 from gossip_hvd.methods import Method, method_of
 from gossip_hvd.options import EngineOptions
 from gossip_hvd.segments import Layout
 from gossip_hvd.settings import setting
-from gossip_hvd.torch.blocks import blocks_by, blocks_of
 from gossip_hvd.torch.memory import TorchMemory, field_of
+from gossip_hvd.torch.process_sets import is_world
 from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions
-
-Segments = str | int | Callable[[str], str] | Mapping[str, Sequence[str]]
-UNNAMED_SEGMENTS = 16
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -72,7 +70,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         ValueError: for names that Horovod refuses too.
     """
     current = session.current()
-    if process_set is not None and process_set is not horovod.global_process_set:
+    if not is_world(process_set):
         raise ConfigError(
             "process_set: gradients are averaged over this rank's node; choose nodes with "
             "init(node_size=…) instead."
@@ -234,25 +232,8 @@ def _named(
 
 
 def _layout(trained: Sequence[Named], segments: Segments) -> Layout:
-    names = [name for name, _ in trained]
-    count = segments
-    if segments == "one":
-        count = 1
-    elif segments == "blocks" and names[0].startswith("allreduce.noname"):
-        count = UNNAMED_SEGMENTS
-    if isinstance(count, int):
-        return Layout.equal([field_of(name, p, "") for name, p in trained], count)
-    if isinstance(segments, str):
-        if segments != "blocks":
-            raise ConfigError(
-                f"segments={segments!r}: expected 'blocks', 'one', a number, a function from a "
-                "parameter's name to its segment's, or lists of names by segment."
-            )
-        blocks = blocks_of(names)
-    else:
-        assert not isinstance(segments, int)
-        blocks = blocks_by(segments, names)
-    return Layout.blocks([field_of(name, p, blocks[name]) for name, p in trained])
+    finder = None if trained[0][0].startswith("allreduce.noname") else blocks_of
+    return layout_of([field_of(name, p) for name, p in trained], segments, finder)
 
 
 def _groups(named: Sequence[Named], num_groups: int, groups: Any) -> tuple[tuple[str, ...], ...]:
@@ -266,6 +247,8 @@ def _groups(named: Sequence[Named], num_groups: int, groups: Any) -> tuple[tuple
         cuts = [i * len(names) // groups for i in range(groups + 1)] if groups else []
         return tuple(tuple(names[a:b]) for a, b in itertools.pairwise(cuts) if b > a)
     names_by_id = {id(p): name for name, p in named}
+    if any(id(p) not in names_by_id for group in groups for p in group):
+        raise ValueError("groups contain a parameter that this optimizer does not have.")
     named_groups = tuple(tuple(names_by_id[id(p)] for p in group) for group in groups)
     flat = [name for group in named_groups for name in group]
     if len(flat) != len(set(flat)):

@@ -3,13 +3,20 @@
 All receives are posted at once. A receiver then sends one byte, its *word*, to every peer it
 expects data from; a sender waits for that word before it sends. So data never arrives before its
 buffer is posted, and a fast node cannot put its next round in front of a slow node's last one.
+
+Messages to several peers are interleaved: each peer's flow advances by the same fraction, so that
+all flows end together. With a window, few are under way at once, and the order is what the wire
+sees; every flow then gets the part of the link that its bytes need, and no more.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -41,6 +48,15 @@ class Message:
     cell: int = -1
 
 
+@dataclass(order=True, slots=True)
+class _Queued:
+    """A message that waits for its turn: by the fraction of its flow that goes before it."""
+
+    fraction: float
+    order: int
+    message: Message = field(compare=False)
+
+
 def tag_of(kind: str, flight: int, stage: int, cell: int = 0, slot: int = 0) -> int:
     """The tag of a message; flights and stages wrap around, long after they are over."""
     sequence = (flight * 2 + stage % 2) % SEQUENCES
@@ -57,6 +73,7 @@ class Exchange:
         receives: posted at once.
         sends: each leaves when its receiver's word has come.
         gated: False where receivers give no word (small or node-internal messages).
+        window: how many sends are under way at once; None for all.
         record: told of every event.
     """
 
@@ -69,6 +86,7 @@ class Exchange:
         sends: Sequence[Message] = (),
         *,
         gated: bool = True,
+        window: int | None = None,
         record: Recorder | None = None,
     ) -> None:
         self.flight, self.stage = flight, stage
@@ -77,8 +95,10 @@ class Exchange:
         self._owner: int | None = None
         self._handles: list[Any] = []
         self._pending: list[tuple[str, Message]] = []
-        self._held: dict[int, list[Message]] = {}
-        self._gated = gated
+        self._held: dict[int, list[_Queued]] = {}
+        self._ready: list[_Queued] = []
+        self._sending, self._window = 0, window
+        self._order = count()
         word = tag_of("word", flight, stage)
         if gated:
             for peer in dict.fromkeys(m.peer for m in sends):
@@ -94,11 +114,17 @@ class Exchange:
 
     def send(self, messages: Iterable[Message]) -> None:
         """Send more; a gated exchange holds a message until its receiver's word has come."""
-        for message in messages:
+        batch = list(messages)
+        counts, places = Counter(m.peer for m in batch), Counter[int]()
+        for message in batch:
+            places[message.peer] += 1
+            fraction = (places[message.peer] - 0.5) / counts[message.peer]
+            queued = _Queued(fraction, next(self._order), message)
             if message.peer in self._held:
-                self._held[message.peer].append(message)
+                self._held[message.peer].append(queued)
             else:
-                self._post("send", message)
+                heappush(self._ready, queued)
+        self._fill_window()
 
     @property
     def done(self) -> bool:
@@ -123,25 +149,33 @@ class Exchange:
         for what, message in completed:
             if what == "word":
                 self._record("word", self.flight, self.stage, -1, message.peer)
-                for held in self._held.pop(message.peer, ()):
-                    self._post("send", held)
+                for queued in self._held.pop(message.peer, ()):
+                    heappush(self._ready, queued)
             elif what != "say":
                 past = "sent" if what == "send" else "received"
                 self._note(past, message)
                 if past == "sent":
+                    self._sending -= 1
                     self._record.bytes_sent += message.data.nbytes
                 else:
                     self._record.bytes_received += message.data.nbytes
+        self._fill_window()
         return [entry for entry in completed if entry[0] in ("send", "receive")]
 
     def outstanding(self) -> list[tuple[str, Message]]:
         """What is still under way, for an error: what is waited for, and which message."""
-        held = [("word", message) for queue in self._held.values() for message in queue]
-        return [entry for entry in self._pending if entry[0] != "say"] + held
+        held = [("word", queued.message) for queue in self._held.values() for queued in queue]
+        ready = [("send", queued.message) for queued in self._ready]
+        return [entry for entry in self._pending if entry[0] != "say"] + held + ready
 
     def hand_over(self) -> None:
         """Let another thread poll from now on; call it when no poll is running."""
         self._owner = None
+
+    def _fill_window(self) -> None:
+        while self._ready and (self._window is None or self._sending < self._window):
+            self._sending += 1
+            self._post("send", heappop(self._ready).message)
 
     def _post(self, what: str, message: Message) -> None:
         verb = self._wire.send if what in ("send", "say") else self._wire.receive

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gossip_hvd.errors import ConfigError, PeerLostError, StallError
 from gossip_hvd.transport import PAUSE, Bytes
+from gossip_hvd.transport.group import Group
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -81,6 +82,35 @@ class MpiWire:
             ) from error
 
 
+class Post:
+    """Letters of any length between ranks, on a communicator of its own; never blocks."""
+
+    def __init__(self, mpi: Any, comm: MPI.Intracomm) -> None:
+        self._mpi, self._comm = mpi, comm
+        self._sending: list[tuple[MPI.Request, bytes]] = []
+
+    def send(self, peer: int, letter: bytes) -> None:
+        """Start to send; the letter is kept until it has left."""
+        self._sending = [pair for pair in self._sending if not pair[0].Test()]
+        request = self._comm.Isend([letter, self._mpi.BYTE], peer)
+        self._sending.append((request, letter))
+
+    def receive(self) -> tuple[int, bytes] | None:
+        """The sender and the text of one letter that has arrived."""
+        status = self._mpi.Status()
+        found = self._comm.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status)
+        if found is None:
+            return None
+        letter = bytearray(status.Get_count(self._mpi.BYTE))
+        found.Recv([letter, self._mpi.BYTE])
+        return status.Get_source(), bytes(letter)
+
+    def free(self) -> None:
+        """Give the communicator back once all letters have left; collective."""
+        self._mpi.Request.Waitall([request for request, _ in self._sending])
+        self._comm.Free()
+
+
 class World:
     """All ranks of the job: who they are, and collectives with a time limit.
 
@@ -106,6 +136,14 @@ class World:
     def wire(self) -> MpiWire:
         """A wire with a communicator of its own; collective."""
         return MpiWire(self.comm.Dup())
+
+    def post(self) -> Post:
+        """Letters on a communicator of their own; collective."""
+        return Post(self._mpi, self.comm.Dup())
+
+    def group(self) -> Group:
+        """Collectives on communicators of their own; collective."""
+        return Group(self._mpi, self.comm.Dup(), self.hosts)
 
     def split(self, color: int) -> MPI.Comm:
         """The communicator of the ranks that give the same color; collective."""
@@ -150,9 +188,9 @@ class World:
         total: NDArray[np.float64] = every.sum(axis=0)
         return total
 
-    def barrier(self, what: str) -> None:
-        """Return when every rank has come here."""
-        self._wait(self.comm.Ibarrier(), what)
+    def barrier(self, what: str, limit: float | None = None) -> None:
+        """Return when every rank has come here, within ``limit`` seconds or the usual limit."""
+        self._wait(self.comm.Ibarrier(), what, limit)
 
     def abort(self, code: int) -> None:
         """End the whole job now."""
@@ -163,11 +201,11 @@ class World:
         if not self._mpi.Is_finalized():
             self.comm.Free()
 
-    def _wait(self, request: MPI.Request, what: str) -> None:
-        since = time.monotonic()
+    def _wait(self, request: MPI.Request, what: str, limit: float | None = None) -> None:
+        since, limit = time.monotonic(), limit or self.limit
         while not request.Test():
             waited = time.monotonic() - since
-            if waited > self.limit:
+            if waited > limit:
                 raise StallError(
                     f"rank {self.rank} waited {waited:.0f} s for all {self.size} ranks at: {what}. "
                     "Some rank has not come here: is it still computing, or has it left? "

@@ -1,0 +1,1 @@
+"""Training speed of gossip_hvd and its peers on the same hosts, model and links."""

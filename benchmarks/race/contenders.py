@@ -1,0 +1,99 @@
+"""Who races: each contender's program, its options, and what it needs around it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+# What gossip_hvd sets for itself; given to Horovod in its second variant.
+TUNED = {
+    "OMPI_MCA_btl_tcp_flags": "9",
+    "OMPI_MCA_btl_tcp_sndbuf": "262144",
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table.
+
+    Attributes:
+        name: as asked for on the command line.
+        title: as printed.
+        program: module under ``benchmarks.race.programs``.
+        arguments: of the program.
+        env: environment variables of its own.
+        wire: ``"float32"`` or ``"16-bit"``: whose transfer it is compared with.
+        hides: whether its limit is the larger of compute and transfer, or (ATC) their sum.
+        needs: a peer that must be installed first, as pip names it.
+    """
+
+    name: str
+    title: str
+    program: str
+    arguments: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    wire: str = "float32"
+    hides: bool = True
+    needs: str | None = None
+
+
+def _ours(name: str, title: str, *, wire: str = "float32", **options: object) -> Contender:
+    if wire != "float32":
+        options["wire_dtype"] = wire
+    kind = "float32" if wire == "float32" else "16-bit"
+    given = ("--options", json.dumps(options))
+    return Contender(name, title, "gossip", given, wire=kind, hides=options["timing"] == "awc")
+
+
+def _decent(topology: str) -> Contender:
+    return Contender(
+        f"decent-{topology}",
+        f"Decent-DP {topology}",
+        "decent",
+        ("--topology", topology),
+        needs="decent-dp==0.2.3",
+    )
+
+
+_SHIFT = {"method": "crossover", "peers": "shift", "segments": "one"}
+_FAIR = {"method": "crossover", "peers": "fair"}
+_EXPONENTIAL = {"method": "gossip", "topology": "one_peer_exponential"}
+
+CONTENDERS = {
+    c.name: c
+    for c in (
+        Contender("alone", "compute alone", "alone"),
+        _ours("shift", "ours: one random peer a round, AWC", timing="awc", **_SHIFT),
+        _ours("shift-bf16", "… bfloat16 wire", timing="awc", wire="bfloat16", **_SHIFT),
+        _ours("fair", "ours: crossover fair, AWC", timing="awc", **_FAIR),
+        _ours("fair-bf16", "… bfloat16 wire", timing="awc", wire="bfloat16", **_FAIR),
+        _ours("exponential", "ours: one-peer exponential, AWC", timing="awc", **_EXPONENTIAL),
+        _ours("shift-atc", "ours: one random peer a round, ATC", timing="atc", **_SHIFT),
+        _ours("fair-atc", "ours: crossover fair, ATC", timing="atc", **_FAIR),
+        _decent("complete"),
+        _decent("one-peer-exp"),
+        _decent("alternating-exp-ring"),
+        Contender("ddp", "PyTorch DDP, gloo", "ddp"),
+        Contender("ddp-bf16", "… bf16 hook", "ddp", ("--hook", "bf16"), wire="16-bit"),
+        Contender("ddp-fp16", "… fp16 hook", "ddp", ("--hook", "fp16"), wire="16-bit"),
+        Contender("horovod", "Horovod", "horovod_world"),
+        Contender("horovod-tuned", "Horovod, our MPI settings", "horovod_world", env=TUNED),
+        Contender(
+            "horovod-fp16",
+            "Horovod fp16",
+            "horovod_world",
+            ("--compression", "fp16"),
+            wire="16-bit",
+        ),
+        Contender(
+            "horovod-fp16-tuned",
+            "Horovod fp16, our MPI settings",
+            "horovod_world",
+            ("--compression", "fp16"),
+            env=TUNED,
+            wire="16-bit",
+        ),
+    )
+}
+
+LIMIT = Contender("limit", "plain TCP sockets", "sockets")

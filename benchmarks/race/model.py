@@ -1,0 +1,212 @@
+"""The model that every contender trains, and the clock that times it; run inside each rank.
+
+Compute is sleep: a third of it in forward, two thirds in backward, spread over the layers, so that
+gradients appear one after the other as a real model's do while two cores carry eight ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAYERS = 8
+
+
+class _Work(torch.autograd.Function):
+    """Sleeps where a layer would compute; the weight's gradient is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, forward: float, backward: float) -> Any:
+        ctx.backward_seconds, ctx.shape = backward, weight.shape
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        time.sleep(ctx.backward_seconds)
+        return grad, torch.full(ctx.shape, 1e-3), None, None
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, size: int, forward: float, backward: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(size))
+        self._seconds = (forward, backward)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return _Work.apply(x, self.weight, *self._seconds)  # type: ignore[no-untyped-call]
+
+
+class SleepyModel(torch.nn.Module):
+    """Eight equal layers.
+
+    Args:
+        nbytes: of all parameters, in float32.
+        compute: seconds of one step.
+    """
+
+    def __init__(self, nbytes: int, compute: float) -> None:
+        super().__init__()
+        size, share = nbytes // 4 // LAYERS, compute / LAYERS
+        layers = [_Layer(size, share / 3, share * 2 / 3) for _ in range(LAYERS)]
+        self.layers = torch.nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layers(x)
+
+
+@dataclass
+class Lane:
+    """One rank's part of a race: what was asked, and what the clock said.
+
+    Attributes:
+        asked: the command line.
+        marks: machine-wide monotonic times of every step: begin, backward, update, end.
+    """
+
+    asked: argparse.Namespace
+    rank: int
+    size: int
+    marks: list[tuple[float, float, float, float]] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, add: Callable[[argparse.ArgumentParser], object] | None = None) -> Lane:
+        """From the command line; ``add`` may add a program's own options."""
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--out", type=Path, required=True, help="folder for one JSON a rank")
+        parser.add_argument("--steps", type=int, default=40)
+        parser.add_argument("--warm-up", type=int, default=3)
+        parser.add_argument("--bytes", type=int, default=34_000_000)
+        parser.add_argument("--compute", type=float, default=1.0)
+        parser.add_argument("--ranks-per-host", type=int, default=2)
+        parser.add_argument("--late-chance", type=float, default=0.0)
+        parser.add_argument("--late-seconds", type=float, default=0.0)
+        parser.add_argument("--meter", action="store_true", help="sample the link's counters")
+        if add is not None:
+            add(parser)
+        environ = os.environ
+        rank, size = int(environ["OMPI_COMM_WORLD_RANK"]), int(environ["OMPI_COMM_WORLD_SIZE"])
+        return cls(parser.parse_args(), rank, size)
+
+    @property
+    def host(self) -> int:
+        """Index of this rank's host."""
+        return self.rank // int(self.asked.ranks_per_host)
+
+    def model(self) -> SleepyModel:
+        """The model."""
+        torch.set_num_threads(1)
+        return SleepyModel(self.asked.bytes, self.asked.compute)
+
+    def race(
+        self,
+        model: torch.nn.Module,
+        update: Callable[[], object],
+        *,
+        barrier: Callable[[], object],
+        drain: Callable[[], object] = lambda: None,
+        about: dict[str, str] | None = None,
+        extra: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        """Train for a while and write down the times.
+
+        Args:
+            model: as the contender has wrapped it.
+            update: the optimizer's step and what goes with it.
+            barrier: returns when all ranks are there.
+            drain: finishes what is still under way; part of the time.
+            about: versions of what was measured.
+            extra: more to write down, asked at the end.
+        """
+        x = torch.zeros(1)
+        for step in range(self.asked.warm_up):
+            self._step(model, update, x, -1 - step)
+        drain()
+        barrier()
+        self.marks.clear()
+        cpu = _cpu_seconds()
+        with self._meter() as meter:
+            begin = time.monotonic()
+            for step in range(self.asked.steps):
+                self._step(model, update, x, step)
+            drain()
+            end = time.monotonic()
+        cpu = _cpu_seconds() - cpu
+        barrier()
+        self.save(
+            {
+                "begin": begin,
+                "end": end,
+                "wall": (end - begin) / self.asked.steps,
+                "steps": [mark[3] - mark[0] for mark in self.marks],
+                "marks": self.marks,
+                "cpu": cpu / self.asked.steps,
+                "late": [self._late(step) for step in range(self.asked.steps)],
+                "about": {"torch": torch.__version__, **(about or {})},
+                "meter": meter,
+                **extra(),
+            }
+        )
+
+    def save(self, found: dict[str, Any]) -> None:
+        """Write what this rank found for the one who started it."""
+        path = self.asked.out / f"{self.rank}.json"
+        path.write_text(json.dumps({"rank": self.rank, "host": self.host, **found}))
+
+    def _step(
+        self, model: torch.nn.Module, update: Callable[[], object], x: torch.Tensor, step: int
+    ) -> None:
+        begin = time.monotonic()
+        if late := self._late(step):
+            time.sleep(late)
+        y = model(x)
+        backward = time.monotonic()
+        y.backward()
+        updated = time.monotonic()
+        update()
+        self.marks.append((begin, backward, updated, time.monotonic()))
+
+    def _late(self, step: int) -> float:
+        """Seconds by which this host is late in a step; the same on all its ranks."""
+        draw = random.Random(f"late {self.host} {step}").random()
+        return self.asked.late_seconds if draw < self.asked.late_chance else 0.0
+
+    @contextmanager
+    def _meter(self) -> Iterator[list[tuple[float, int, int]]]:
+        """Bytes received and sent so far on this host's link, sampled every 10 ms."""
+        samples: list[tuple[float, int, int]] = []
+        if not self.asked.meter or self.rank % self.asked.ranks_per_host:
+            yield samples
+            return
+        stop = threading.Event()
+
+        def sample() -> None:
+            while not stop.wait(0.01):
+                for line in Path("/proc/self/net/dev").read_text().splitlines():
+                    name, _, counts = line.partition(":")
+                    if name.strip() == "e0":
+                        numbers = counts.split()
+                        samples.append((time.monotonic(), int(numbers[0]), int(numbers[8])))
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        yield samples
+        stop.set()
+        thread.join()
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,35 @@
+"""PyTorch's DistributedDataParallel over gloo, with or without a compressing hook."""
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+from benchmarks.race.model import Lane
+
+HOOKS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hook", choices=HOOKS)
+
+
+lane = Lane.parse(options)
+dist.init_process_group("gloo", rank=lane.rank, world_size=lane.size)
+model = torch.nn.parallel.DistributedDataParallel(lane.model())
+if lane.asked.hook:
+    model.register_comm_hook(None, HOOKS[lane.asked.hook])
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def update() -> None:
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+lane.race(
+    model, update, barrier=dist.barrier, about={"interface": os.environ["GLOO_SOCKET_IFNAME"]}
+)
+dist.destroy_process_group()

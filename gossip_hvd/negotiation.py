@@ -1,0 +1,179 @@
+"""The coordinator: hears what every rank wants to do, and says in which order all do it.
+
+A pure state machine, in the hands of rank 0. An operation is ready once every rank of its process
+set has announced its name, or has joined; all ranks are told of ready operations in one order, so
+ranks that ask in different orders never wait for each other. Cost: one message to rank 0 and one
+back, for as many operations as are waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from gossip_hvd.requests import Request, Response, agreed
+
+SHUT_DOWN = (
+    "gossip_hvd has been shut down. This was caused by an exception on one of the ranks or an "
+    "attempt to use an operation after one of the ranks finished execution."
+)
+
+Key = tuple[int, str]
+"""A process set's number and an operation's name."""
+
+
+@dataclass
+class _Waiting:
+    """An operation that some ranks have announced."""
+
+    since: float
+    requests: dict[int, Request] = field(default_factory=dict)
+    warned: bool = False
+
+
+class Coordinator:
+    """Collects announcements and orders operations.
+
+    Args:
+        size: number of ranks of the world.
+        limit: seconds after which an operation that lacks ranks fails.
+
+    Attributes:
+        sets: world ranks of every process set, by number; 0 is the world.
+        outgoing: by rank, the responses that it has not been sent yet.
+        warnings: sentences about operations that wait for long, to be logged.
+    """
+
+    WARN = 60.0
+    """Seconds after which an operation that lacks ranks is named in a warning."""
+
+    def __init__(self, size: int, limit: float) -> None:
+        self.sets: dict[int, tuple[int, ...]] = {0: tuple(range(size))}
+        self.outgoing: dict[int, list[Response]] = {rank: [] for rank in range(size)}
+        self.warnings: list[str] = []
+        self._limit = limit
+        self._waiting: dict[Key, _Waiting] = {}
+        self._joined: list[int] = []
+        self._gone: set[int] = set()
+        self._failed: dict[tuple[int, Key], str] = {}
+        self._next_set = 1
+        self._order = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no operation waits for ranks."""
+        return not self._waiting
+
+    def announce(self, rank: int, requests: Sequence[Request], now: float) -> None:
+        """Note what ``rank`` wants to do.
+
+        Args:
+            rank: world rank.
+            requests: in the order in which it asked.
+            now: seconds on any clock.
+        """
+        for request in requests:
+            key = (request.members, request.name)
+            if request.kind == "join":
+                self._join(rank, request)
+            elif request.kind == "shutdown":
+                self._leave(rank, request)
+            elif (rank, key) in self._failed:
+                error = self._failed.pop((rank, key))
+                self.outgoing[rank].append(Response(_bare(request), error))
+            else:
+                waiting = self._waiting.setdefault(key, _Waiting(now))
+                waiting.requests[rank] = request
+                self._settle(key)
+
+    def look(self, now: float) -> None:
+        """Warn about operations that have waited for long, and fail those past the limit."""
+        for key, waiting in list(self._waiting.items()):
+            waited = now - waiting.since
+            if waited > self._limit:
+                self._fail(key, self._stall(key, waiting, waited))
+            elif waited > self.WARN and not waiting.warned:
+                waiting.warned = True
+                self.warnings.append(self._stall(key, waiting, waited))
+
+    def _settle(self, key: Key) -> None:
+        """Order an operation if nobody is missing any more."""
+        ranks = self.sets.get(key[0])
+        waiting = self._waiting[key]
+        if ranks is None:
+            self._fail(key, f"process set {key[0]} does not exist or has been removed.")
+            return
+        missing = [r for r in ranks if r not in waiting.requests and r not in self._joined]
+        if self._gone.intersection(missing):
+            self._fail(key, SHUT_DOWN)
+        elif not missing:
+            del self._waiting[key]
+            self._tell(ranks, self._changed(agreed(waiting.requests, ranks)))
+
+    def _changed(self, response: Response) -> Response:
+        """Carry out what a response changes here."""
+        request = response.request
+        if response.error:
+            return response
+        if request.kind == "add_process_set":
+            if request.splits in self.sets.values():
+                error = f"Attempted to add a duplicate process set: {list(request.splits)}"
+                return replace(response, error=error)
+            number, self._next_set = self._next_set, self._next_set + 1
+            self.sets[number] = request.splits
+            return replace(response, rows=((number,),))
+        if request.kind == "remove_process_set":
+            del self.sets[request.splits[0]]
+        return response
+
+    def _join(self, rank: int, request: Request) -> None:
+        if rank not in self._joined:
+            self._joined.append(rank)
+        everyone = len(self._joined) == len(self.sets[0])
+        for key in self._names():
+            self._settle(key)
+        if everyone:
+            last = self._joined[-1]
+            self._joined.clear()
+            self._tell(self.sets[0], Response(request, "", ((last,),)))
+
+    def _leave(self, rank: int, request: Request) -> None:
+        """A rank shuts down: what waits for it can never happen."""
+        self._gone.add(rank)
+        for key in self._names():
+            self._settle(key)
+        if len(self._gone) == len(self.sets[0]):
+            self._tell(self.sets[0], Response(request))
+
+    def _names(self) -> Iterator[Key]:
+        return iter(list(self._waiting))
+
+    def _tell(self, ranks: tuple[int, ...], response: Response) -> None:
+        self._order += 1
+        response = replace(response, order=self._order)
+        for rank in ranks:
+            self.outgoing[rank].append(response)
+
+    def _fail(self, key: Key, error: str) -> None:
+        waiting = self._waiting.pop(key)
+        first = next(iter(waiting.requests.values()))
+        for rank in waiting.requests:
+            self.outgoing[rank].append(Response(_bare(first), error))
+        # Who comes later is told at once instead of waiting for ranks that have given up.
+        for rank in self.sets.get(key[0], ()):
+            if rank not in waiting.requests:
+                self._failed[rank, key] = error
+
+    def _stall(self, key: Key, waiting: _Waiting, waited: float) -> str:
+        first = next(iter(waiting.requests.values()))
+        ranks = self.sets.get(key[0], ())
+        missing = [r for r in ranks if r not in waiting.requests and r not in self._joined]
+        return (
+            f"{first.kind} {key[1]!r} has waited {waited:.0f} s for ranks {missing}; ranks "
+            f"{sorted(waiting.requests)} are ready. Do all ranks call it, under the same name? "
+            "The limit is GOSSIP_HVD_STALL_TIMEOUT seconds."
+        )
+
+
+def _bare(request: Request) -> Request:
+    return replace(request, shapes=(), dtypes=(), splits=())

@@ -1,0 +1,275 @@
+"""World-wide operations matched by name: asked for by any thread, carried out by one of ours.
+
+A rank that asks announces the name to rank 0 (see ``negotiation``) and goes on computing; its
+handle is done when all ranks have asked and the values have travelled. All MPI calls are made by
+one thread a process, on communicators of its own. Frameworks pass flat NumPy arrays and their
+real shapes, so nothing here knows any.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gossip_hvd.errors import OperationError, StallError
+from gossip_hvd.execution import Asked, Executor
+from gossip_hvd.mixing import Array
+from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
+from gossip_hvd.requests import (
+    Request,
+    Response,
+    decode_requests,
+    decode_responses,
+    encode_requests,
+    encode_responses,
+)
+from gossip_hvd.transport.mpi import Post, World
+
+log = logging.getLogger("gossip_hvd")
+
+SPIN = 3e-4
+"""Seconds for which the thread looks for news without a pause."""
+
+PAUSE = 2e-4
+"""Seconds between looks afterwards, and ..."""
+
+LONG_PAUSE = 1e-3
+"""... after waiting for ``PATIENCE`` seconds, or while rank 0 has asked for nothing itself."""
+
+PATIENCE = 0.05
+
+WATCH = 0.1
+"""Seconds between looks of rank 0 while nobody waits, as far as it knows."""
+
+
+class Handle:
+    """One operation that has been asked for.
+
+    Attributes:
+        request: what was asked for.
+        results: flat arrays, once it is done; for operations whose outputs were given, those.
+        response: how it was agreed, once it is done.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.results: list[Array] = []
+        self.response: Response | None = None
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether ``wait`` would return, or raise, at once."""
+        return self._done.is_set()
+
+    def wait(self, limit: float | None = None) -> list[Array]:
+        """The results, once they are there.
+
+        Args:
+            limit: seconds; by default the coordinator decides when to give up.
+
+        Raises:
+            OperationError: on every rank, where ranks asked for different things.
+            StallError: past the limit.
+        """
+        if not self._done.wait(limit):
+            raise StallError(f"{self.request.kind} {self.request.name!r}: no answer in {limit} s.")
+        if self._error is not None:
+            raise self._error
+        return self.results
+
+    def finish(self, response: Response, results: list[Array]) -> None:
+        """Wake up whoever waits."""
+        self.response, self.results = response, results
+        self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Wake up whoever waits, with an error."""
+        self._error = error
+        self._done.set()
+
+
+class Operations:
+    """The named operations of one process; made and closed by all ranks together.
+
+    Args:
+        world: all ranks.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.rank, self.size = world.rank, world.size
+        self._executor = Executor(world)
+        self._post: Post = world.post()
+        self._coordinator = Coordinator(world.size, world.limit) if world.rank == 0 else None
+        self._numbers: defaultdict[tuple[str, int], Iterator[int]] = defaultdict(itertools.count)
+        self._new: deque[Asked] = deque()
+        self._asked: dict[tuple[int, str], Asked] = {}
+        self._lock = threading.Lock()
+        self._work = threading.Event()
+        self._ended: BaseException | None = None
+        self._limit = world.limit
+        self._thread = threading.Thread(target=self._run, name="gossip-operations", daemon=True)
+        self._thread.start()
+
+    @property
+    def sets(self) -> dict[int, tuple[int, ...]]:
+        """World ranks of every process set, by number."""
+        return self._executor.sets
+
+    def submit(
+        self,
+        kind: str,
+        name: str | None,
+        inputs: Sequence[Array] = (),
+        shapes: Sequence[Sequence[int]] = (),
+        outputs: Sequence[Array] | None = None,
+        **details: Any,
+    ) -> Handle:
+        """Ask for an operation; returns at once.
+
+        Args:
+            kind: one of ``requests.KINDS``.
+            name: unique among operations under way; None takes the next number of this kind.
+            inputs: contiguous 1-D arrays, not to be changed before the handle is done.
+            shapes: their real shapes.
+            outputs: where results go, for operations whose results have the inputs' shapes;
+                may be the inputs.
+            details: further fields of ``Request``.
+
+        Raises:
+            OperationError: where the name is in use, or the operations have ended.
+        """
+        members = details.get("members", 0)
+        if name is None:
+            name = f"{kind}.noname.{next(self._numbers[kind, members])}"
+        request = Request(
+            kind,
+            name,
+            shapes=tuple(tuple(int(n) for n in shape) for shape in shapes),
+            dtypes=tuple(str(values.dtype) for values in inputs),
+            **details,
+        )
+        asked = Asked(Handle(request), list(inputs), list(outputs or ()))
+        key = (members, name)
+        with self._lock:
+            if self._ended is not None:
+                raise OperationError(str(self._ended))
+            if key in self._asked:
+                raise OperationError(
+                    f"Requested to {kind} a tensor with the same name as another tensor that is "
+                    f"currently being processed: {name!r}. If you want to request another "
+                    "tensor, use a different tensor name."
+                )
+            self._asked[key] = asked
+            self._new.append(asked)
+        self._work.set()
+        return asked.handle
+
+    def close(self) -> None:
+        """Wait until all ranks close, then end the thread; what is under way fails."""
+        if self._ended is None:
+            self.submit("shutdown", "shutdown").wait(self._limit)
+        self._thread.join(self._limit)
+        self._executor.free()
+        self._post.free()
+
+    # The thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._ended is None:
+                self._work.wait(self._patience())
+                self._work.clear()
+                self._serve()
+        except BaseException as error:
+            log.exception("gossip_hvd: rank %d: a world-wide operation failed", self.rank)
+            self._end(error)
+
+    def _patience(self) -> float | None:
+        """For how long to sleep when this rank has asked for nothing."""
+        if self._coordinator is None:
+            return None
+        apart = any(0 not in ranks for ranks in self._coordinator.sets.values())
+        return LONG_PAUSE if apart or not self._coordinator.idle else WATCH
+
+    def _serve(self) -> None:
+        """Work until nothing that this rank has asked for is left."""
+        last = time.monotonic()
+        while self._ended is None:
+            if self._announce() | self._coordinate() | self._obey():
+                last = time.monotonic()
+            if not self._asked:
+                return
+            waited = time.monotonic() - last
+            if waited > SPIN:
+                self._work.wait(PAUSE if waited < PATIENCE else LONG_PAUSE)
+                self._work.clear()
+            else:
+                time.sleep(0)
+
+    def _announce(self) -> bool:
+        """Tell the coordinator what has been asked for since the last look."""
+        requests = []
+        while self._new:
+            requests.append(self._new.popleft().handle.request)
+        if requests:
+            if self._coordinator is not None:
+                self._coordinator.announce(0, requests, time.monotonic())
+            else:
+                self._post.send(0, encode_requests(requests))
+        return bool(requests)
+
+    def _coordinate(self) -> bool:
+        """Hear announcements and send out what is ready; on rank 0."""
+        coordinator = self._coordinator
+        if coordinator is None:
+            return False
+        moved = False
+        now = time.monotonic()
+        while (letter := self._post.receive()) is not None:
+            coordinator.announce(letter[0], decode_requests(letter[1]), now)
+            moved = True
+        coordinator.look(now)
+        for sentence in coordinator.warnings:
+            log.warning("gossip_hvd: %s", sentence)
+        coordinator.warnings.clear()
+        for rank, responses in coordinator.outgoing.items():
+            if responses and rank:
+                self._post.send(rank, encode_responses(responses))
+                responses.clear()
+        return moved
+
+    def _obey(self) -> bool:
+        """Carry out what has been agreed, in the order in which it was."""
+        if self._coordinator is not None:
+            responses = list(self._coordinator.outgoing[0])
+            self._coordinator.outgoing[0].clear()
+        else:
+            letter = self._post.receive()
+            responses = [] if letter is None else decode_responses(letter[1])
+        for batch in self._executor.batches(responses):
+            mine = [self._take(response) for response in batch]
+            self._executor.run(batch, mine)
+            if batch[0].request.kind == "shutdown":
+                self._end(OperationError(SHUT_DOWN))
+        return bool(responses)
+
+    def _take(self, response: Response) -> Asked | None:
+        """What this rank asked for under a response's name; None where it has joined."""
+        with self._lock:
+            return self._asked.pop((response.request.members, response.request.name), None)
+
+    def _end(self, error: BaseException) -> None:
+        """Let nothing wait for ever."""
+        with self._lock:
+            self._ended = error
+            left = list(self._asked.values())
+            self._asked.clear()
+        for asked in left:
+            asked.handle.fail(OperationError(str(error)))

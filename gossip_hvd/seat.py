@@ -1,0 +1,158 @@
+"""What one rank brings to every flight: its place among the nodes, its wire, its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gossip_hvd.memory import Memory
+from gossip_hvd.methods.contract import RATE
+from gossip_hvd.mixing import Array, accumulator, dtype_of
+from gossip_hvd.node import Cluster
+from gossip_hvd.recorder import Recorder
+from gossip_hvd.segments import LARGEST_MESSAGE, Cell, Grid, Layout, owner
+from gossip_hvd.transport import Bytes, Wire
+
+
+class Arena:
+    """Receive or send memory that is handed out afresh each stage and kept between rounds."""
+
+    def __init__(self) -> None:
+        self._memory: Bytes = np.empty(0, np.uint8)
+        self._used = self._room = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self._memory.nbytes)
+
+    def reset(self, nbytes: int) -> None:
+        """Forget what was handed out; there will be room for ``nbytes``, once any is taken."""
+        self._used, self._room = 0, nbytes
+
+    def take(self, nbytes: int) -> Bytes:
+        """The next ``nbytes``."""
+        if self._room > self._memory.nbytes:
+            self._memory = np.empty(self._room, np.uint8)
+        start, self._used = self._used, self._used + nbytes
+        return self._memory[start : self._used]
+
+
+@dataclass
+class Seat:
+    """What one rank brings to every flight: its place, its wire, its memory.
+
+    Attributes:
+        cluster: all nodes.
+        rank: this rank, in the world.
+        layout: of the flat buffer.
+        wire: to the other ranks.
+        memory: the flat bytes of each payload slot, whole on every rank, and the way to keep
+            them in step with the framework's tensors.
+        arrays: the method's own arrays, this rank's share only.
+        replicas: the method's own arrays, whole on every rank of a node.
+        rates: the learning rate, one for all or one a field; None where nobody said.
+        wire_dtype: what float32 and float64 values are rounded to on the wire, or None.
+        largest: bytes of the largest message.
+        window: sends under way at once; None for all.
+        record: ring buffer of events.
+    """
+
+    cluster: Cluster
+    rank: int
+    layout: Layout
+    wire: Wire
+    memory: Memory
+    arrays: MutableMapping[str, Bytes] = field(default_factory=dict)
+    wire_dtype: str | None = None
+    largest: int = LARGEST_MESSAGE
+    window: int | None = None
+    record: Recorder = field(default_factory=Recorder)
+    replicas: MutableMapping[str, Bytes] = field(default_factory=dict)
+    rates: float | Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = self.cluster.node_sizes
+        self.node = self.cluster.node_of(self.rank)
+        self.index = self.cluster.node_rank(self.rank)
+        self.ranks = sizes[self.node]
+        self.siblings = [r for r in self.cluster.nodes[self.node] if r != self.rank]
+        self.share = self.layout.share(self.ranks, self.index)
+        self.incoming, self.outgoing = Arena(), Arena()
+        self._grids = {
+            "segments": self.layout.segment_grid(sizes, self.largest),
+            "parts": self.layout.part_grid(len(sizes), sizes),
+        }
+        self._owners = {
+            name: {
+                ranks: [owner(cell, self.layout.nbytes, ranks) for cell in grid.cells]
+                for ranks in set(sizes)
+            }
+            for name, grid in self._grids.items()
+        }
+
+    def grid(self, name: str) -> Grid:
+        """The cells of ``"segments"`` or ``"parts"``."""
+        return self._grids[name]
+
+    def holder(self, grid: str, cell: Cell, node: int) -> int:
+        """The world rank in ``node`` whose share holds ``cell``."""
+        ranks = self.cluster.nodes[node]
+        return ranks[self._owners[grid][len(ranks)][cell.index]]
+
+    def cells(self, grid: str, unit: int) -> Iterable[Cell]:
+        """The cells of a unit that this rank carries."""
+        owners = self._owners[grid][self.ranks]
+        return (c for c in self._grids[grid].by_unit[unit] if owners[c.index] == self.index)
+
+    def views(self, cell: Cell) -> dict[str, Array]:
+        """The cell's part of every slot and named array."""
+        views = self._span(cell.start, cell.stop, cell.dtype)
+        a, b = cell.start - self.share.start, cell.stop - self.share.start
+        dtype = dtype_of(cell.dtype)
+        views.update((k, m[a:b].view(dtype)) for k, m in self.arrays.items())
+        return views
+
+    def share_views(self) -> list[dict[str, Array]]:
+        """This rank's share of every slot and named array, in one part a dtype."""
+        spans = [
+            (max(start, self.share.start), min(stop, self.share.stop), dtype)
+            for start, stop, dtype in self.layout.runs
+        ]
+        return [self.views(Cell(-1, -1, a, b, dtype)) for a, b, dtype in spans if a < b]
+
+    def whole_views(self) -> list[dict[str, Array]]:
+        """Every slot and replica, whole, in one part a dtype."""
+        parts = []
+        for start, stop, dtype in self.layout.runs:
+            part = self._span(start, stop, dtype)
+            kind = dtype_of(dtype)
+            part.update((k, m[start:stop].view(kind)) for k, m in self.replicas.items())
+            parts.append(part)
+        return parts
+
+    def _span(self, start: int, stop: int, dtype: str) -> dict[str, Array]:
+        kind = dtype_of(dtype)
+        views = {k: m[start:stop].view(kind) for k, m in self.memory.items()}
+        if self.rates is not None:
+            views[RATE] = self._rates(start, stop, kind)
+        return views
+
+    def _rates(self, start: int, stop: int, dtype: np.dtype[Any]) -> Array:
+        """The learning rate of every element of a span; no memory where they are all equal."""
+        assert self.rates is not None
+        wide = accumulator(dtype)
+        if isinstance(self.rates, float):
+            return np.broadcast_to(wide.type(self.rates), (stop - start) // dtype.itemsize)
+        edges = np.clip([*self.layout.offsets, self.layout.nbytes], start, stop)
+        return np.repeat(np.asarray(self.rates, wide), np.diff(edges) // dtype.itemsize)
+
+    def on_wire(self, cell: Cell, rule: str) -> np.dtype[Any]:
+        """The dtype in which a cell travels; exact means are never rounded on the wire."""
+        rounds = self.wire_dtype is not None and rule == "mix"
+        if rounds and cell.dtype in ("float32", "float64"):
+            return dtype_of(str(self.wire_dtype))
+        return dtype_of(cell.dtype)

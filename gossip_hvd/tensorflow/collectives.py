@@ -1,0 +1,272 @@
+"""Horovod's operations over the world in both scopes; Keras variables are accepted as tensors.
+
+In scope ``world`` Horovod answers. In scope ``node`` it knows one node only, so these are ours.
+Gradients flow as Horovod's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.tensorflow as horovod
+import tensorflow as tf
+
+from gossip_hvd import session
+from gossip_hvd.tensorflow.memory import native
+from gossip_hvd.tensorflow.operations import horovod_answers, named, world_operation
+
+
+def allreduce(
+    tensor: Any,
+    average: bool | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = horovod.Compression.none,
+    op: Any = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    name: str | None = None,
+    process_set: Any = None,
+    ignore_name_scope: bool = False,
+) -> Any:
+    """The reduction of a tensor, sparse slices included, over all ranks; arguments as Horovod's."""
+    tensor = _tensor(tensor)
+    op = _op(op, average)
+    if horovod_answers(process_set):
+        return horovod.allreduce(
+            tensor,
+            device_dense=device_dense,
+            device_sparse=device_sparse,
+            compression=compression,
+            op=op,
+            prescale_factor=prescale_factor,
+            postscale_factor=postscale_factor,
+            name=name,
+            process_set=_set(process_set),
+            ignore_name_scope=ignore_name_scope,
+        )
+    if isinstance(tensor, tf.IndexedSlices):
+        values, indices = grouped_allgather([tensor.values, tensor.indices], name=name)
+        if op == horovod.Average:
+            values /= tf.cast(session.current().world.size, values.dtype)
+        return tf.IndexedSlices(values, indices, tensor.dense_shape)
+    return grouped_allreduce(
+        [tensor],
+        compression=compression,
+        op=op,
+        prescale_factor=prescale_factor,
+        postscale_factor=postscale_factor,
+        name=name,
+    )[0]
+
+
+def grouped_allreduce(
+    tensors: Sequence[Any],
+    average: bool | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = horovod.Compression.none,
+    op: Any = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: Any = None,
+    ignore_name_scope: bool = False,
+    name: str | None = None,
+) -> list[Any]:
+    """The reductions of several tensors, as one operation; arguments as Horovod's."""
+    tensors = [_tensor(tensor) for tensor in tensors]
+    op = _op(op, average)
+    if not tensors:
+        return []
+    if horovod_answers(process_set):
+        reduced = horovod.grouped_allreduce(
+            tensors,
+            device_dense=device_dense,
+            device_sparse=device_sparse,
+            compression=compression,
+            op=op,
+            prescale_factor=prescale_factor,
+            postscale_factor=postscale_factor,
+            process_set=_set(process_set),
+            ignore_name_scope=ignore_name_scope,
+            name=name,
+        )
+        return list(reduced)
+    packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
+
+    def reduce(*inputs: Any) -> list[Any]:
+        details = {"op": named(op), "prescale": prescale_factor, "postscale": postscale_factor}
+        outputs = world_operation("allreduce", inputs, name, _dtypes(inputs), **details)
+        return _shaped(outputs, inputs)
+
+    reduced = _differentiable(reduce, lambda gradients: reduce(*gradients))(*packed)
+    return [compression.decompress(r, c) for r, c in zip(reduced, contexts, strict=True)]
+
+
+def allgather(
+    tensor: Any,
+    name: str | None = None,
+    ignore_name_scope: bool = False,
+    process_set: Any = None,
+) -> Any:
+    """The rows of all ranks, by rank; first dimensions may differ."""
+    return grouped_allgather([tensor], name, ignore_name_scope, process_set)[0]
+
+
+def grouped_allgather(
+    tensors: Sequence[Any],
+    name: str | None = None,
+    ignore_name_scope: bool = False,
+    process_set: Any = None,
+) -> list[Any]:
+    """The rows of all ranks of several tensors, as one operation."""
+    tensors = [_tensor(tensor) for tensor in tensors]
+    if horovod_answers(process_set):
+        arguments = {"ignore_name_scope": ignore_name_scope, "process_set": _set(process_set)}
+        return [
+            horovod.allgather(tensor, name=name and f"{name}_{i}", **arguments)
+            for i, tensor in enumerate(tensors)
+        ]
+
+    def gather(*inputs: Any) -> list[Any]:
+        outputs = world_operation("allgather", inputs, name, _dtypes(inputs))
+        for output, tensor in zip(outputs, inputs, strict=True):
+            if not tf.executing_eagerly():
+                output.set_shape([None, *tensor.shape[1:]])
+        return outputs
+
+    def backward(gradients: Sequence[Any]) -> list[Any]:
+        means = grouped_allreduce(gradients, op=horovod.Average)
+        rows = tf.stack([tf.shape(tensor)[0] for tensor in tensors])
+        before = allgather(rows[None])[: session.current().world.rank]
+        starts = tf.reduce_sum(before, axis=0)
+        return [mean[starts[i] : starts[i] + rows[i]] for i, mean in enumerate(means)]
+
+    return _differentiable(gather, backward)(*tensors)
+
+
+def broadcast(
+    tensor: Any,
+    root_rank: int,
+    name: str | None = None,
+    ignore_name_scope: bool = False,
+    process_set: Any = None,
+) -> Any:
+    """The tensor of world rank ``root_rank``."""
+    tensor = _tensor(tensor)
+    if horovod_answers(process_set):
+        return horovod.broadcast(tensor, root_rank, name, ignore_name_scope, _set(process_set))
+
+    def send(*inputs: Any) -> list[Any]:
+        outputs = world_operation("broadcast", inputs, name, _dtypes(inputs), root=root_rank)
+        return _shaped(outputs, inputs)
+
+    def backward(gradients: Sequence[Any]) -> list[Any]:
+        mean = allreduce(gradients[0], op=horovod.Average)
+        return [mean if session.current().world.rank == root_rank else tf.zeros_like(mean)]
+
+    return _differentiable(send, backward)(tensor)[0]
+
+
+def broadcast_(
+    variables: Sequence[Any], root_rank: int, name: str | None = None, process_set: Any = None
+) -> list[Any]:
+    """Overwrite variables with those of world rank ``root_rank``; returns their values."""
+    for i, variable in enumerate(variables):
+        value = broadcast(variable, root_rank, name and f"{name}.{i}", process_set=process_set)
+        native(variable).assign(value)
+    return [native(variable).read_value() for variable in variables]
+
+
+def alltoall(
+    tensor: Any,
+    splits: Any = None,
+    name: str | None = None,
+    ignore_name_scope: bool = False,
+    process_set: Any = None,
+) -> Any:
+    """Send some rows to each rank, and get theirs; with ``splits`` also how many from each."""
+    tensor = _tensor(tensor)
+    if horovod_answers(process_set):
+        return horovod.alltoall(tensor, splits, name, ignore_name_scope, _set(process_set))
+    details = {} if splits is None else {"splits": tuple(int(n) for n in splits)}
+    dtypes = [tensor.dtype, tf.int32]
+    rows, received = world_operation("alltoall", [tensor], name, dtypes, **details)
+    return rows if splits is None else (rows, received)
+
+
+def reducescatter(
+    tensor: Any,
+    device_dense: str = "",
+    compression: Any = horovod.Compression.none,
+    op: Any = horovod.Average,
+    name: str | None = None,
+    process_set: Any = None,
+    ignore_name_scope: bool = False,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> Any:
+    """This rank's rows of the reduction over all ranks; arguments as Horovod's."""
+    tensor = _tensor(tensor)
+    if horovod_answers(process_set):
+        return horovod.reducescatter(
+            tensor,
+            device_dense,
+            compression,
+            op,
+            name,
+            _set(process_set),
+            ignore_name_scope,
+            prescale_factor,
+            postscale_factor,
+        )
+    packed, context = compression.compress(tensor)
+    details = {"op": named(op), "prescale": prescale_factor, "postscale": postscale_factor}
+    rows = world_operation("reducescatter", [packed], name, [packed.dtype], **details)[0]
+    return compression.decompress(rows, context)
+
+
+def _tensor(value: Any) -> Any:
+    """A tensor, also of a variable of Keras's."""
+    if isinstance(value, tf.IndexedSlices):
+        return value
+    if hasattr(value, "path") and hasattr(value, "value"):
+        value = native(value)
+    return tf.convert_to_tensor(value)
+
+
+def _op(op: Any, average: bool | None) -> Any:
+    """As Horovod reads its old argument ``average``."""
+    if average is not None and op is not None:
+        raise ValueError("The op parameter supersedes average. Please provide only one of them.")
+    if op is not None:
+        return op
+    return horovod.Sum if average is False else horovod.Average
+
+
+def _set(process_set: Any) -> Any:
+    return horovod.global_process_set if process_set is None else process_set
+
+
+def _dtypes(tensors: Sequence[Any]) -> list[Any]:
+    return [tensor.dtype for tensor in tensors]
+
+
+def _shaped(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    return [tf.ensure_shape(out, x.shape) for out, x in zip(outputs, inputs, strict=True)]
+
+
+def _differentiable(
+    forward: Callable[..., list[Any]], backward: Callable[[Sequence[Any]], list[Any]]
+) -> Callable[..., list[Any]]:
+    """``forward`` with its own gradient."""
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def both(*inputs: Any) -> Any:
+        def gradient(*upstream: Any) -> Any:
+            return backward(upstream)
+
+        return forward(*inputs), gradient
+
+    return lambda *inputs: list(both(*inputs))

@@ -1,0 +1,128 @@
+"""What makes replicas and objects equal on all ranks: variables, models, anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import cloudpickle  # Horovod needs it too
+import numpy as np
+
+from gossip_hvd import session
+from gossip_hvd.agreement import require_agreement
+from gossip_hvd.gossip import running
+from gossip_hvd.variables import VariablesGossip
+
+T = TypeVar("T")
+
+
+def broadcast_variables(
+    variables: Iterable[Any], root_rank: int, process_set: Any = None, inplace: bool = False
+) -> None:
+    """Overwrite variables, Keras's or TensorFlow's, with those of world rank ``root_rank``.
+
+    Args:
+        variables: the same on all ranks.
+        root_rank: world rank that has the values to keep.
+        process_set: Horovod's argument; the whole world takes part.
+        inplace: Horovod's argument; variables are always overwritten.
+
+    Raises:
+        ConfigError: where shapes or dtypes differ between ranks.
+    """
+    variables = list(variables)
+    world = session.current().world
+    facts: dict[str, object] = {"the number of variables": len(variables)}
+    for i, variable in enumerate(variables):
+        facts[f"variable {i}"] = f"{tuple(variable.shape)} {_name(variable.dtype)}"
+    require_agreement(world, "broadcast_variables", facts)
+    for gossip in running():
+        if isinstance(gossip, VariablesGossip) and gossip.begun:
+            gossip.drain()
+    for variable in variables:
+        values = np.array(_values(variable), copy=True, order="C")
+        world.broadcast(values.reshape(-1).view(np.uint8), root_rank, "broadcast_variables")
+        variable.assign(values)
+
+
+def average_variables(variables: Sequence[Any]) -> None:
+    """Replace variables by their exact mean over nodes, in place; all ranks must call.
+
+    Weights that a distributed optimizer trains are averaged by its own method; other variables,
+    batch norm's moving statistics say, are averaged over ranks. Whole numbers stay as they are.
+    """
+    current = session.current()
+    ours = [g for g in running() if isinstance(g, VariablesGossip) and g.begun]
+    for gossip in ours:
+        if any(_trained_by(gossip, v) for v in variables):
+            gossip.average_parameters()
+    for variable in variables:
+        if any(_trained_by(gossip, v) for gossip in ours for v in [variable]):
+            continue
+        values = np.asarray(_values(variable))
+        if values.dtype.kind not in "fc" and _name(variable.dtype) != "bfloat16":
+            continue
+        wide = values.astype(np.complex128 if values.dtype.kind == "c" else np.float64, order="C")
+        current.world.reduce(wide.reshape(-1), "SUM", "average_variables")
+        variable.assign((wide / current.world.size).astype(values.dtype))
+
+
+def broadcast_object(
+    obj: T,
+    root_rank: int = 0,
+    session: Any = None,
+    name: str | None = None,
+    process_set: Any = None,
+) -> T:
+    """The object of world rank ``root_rank``; pickled, so trust the ranks of your job."""
+    world = _world()
+    mine = world.rank == root_rank
+    data = cloudpickle.dumps(obj) if mine else b""
+    length = np.array([len(data)], np.int64)
+    world.broadcast(length.view(np.uint8), root_rank, "broadcast_object")
+    buffer = np.frombuffer(data.ljust(int(length[0]), b"\0"), np.uint8).copy()
+    world.broadcast(buffer, root_rank, "broadcast_object")
+    received: T = cloudpickle.loads(buffer.tobytes())
+    return obj if mine else received
+
+
+def allgather_object(
+    obj: T, session: Any = None, name: str | None = None, process_set: Any = None
+) -> list[T]:
+    """Every rank's object, by rank; pickled, so trust the ranks of your job."""
+    gathered = _world().allgather(cloudpickle.dumps(obj), "allgather_object")
+    return [cloudpickle.loads(data) for data in gathered]
+
+
+def _world() -> Any:
+    return session.current().world
+
+
+def _trained_by(gossip: VariablesGossip, variable: Any) -> bool:
+    return gossip.trains(variable)
+
+
+def _values(variable: Any) -> Any:
+    """A variable's values on the host, whichever framework it belongs to."""
+    numpy = getattr(variable, "numpy", None)
+    return numpy() if numpy is not None else variable
+
+
+def _name(dtype: Any) -> str:
+    return str(getattr(dtype, "name", dtype))
+
+
+def barrier(process_set: Any = None) -> None:
+    """Return when every rank of the world has come here, or has joined."""
+    session.current().operations.submit("barrier", None).wait()
+
+
+def join(device: int = -1) -> int:
+    """Say that this rank is out of data for world-wide operations; the rank that came last.
+
+    Gradients and rounds of gossip know nothing of it: train equally many steps on all ranks.
+    """
+    handle = session.current().operations.submit("join", "join")
+    handle.wait()
+    assert handle.response is not None
+    return handle.response.rows[0][0]

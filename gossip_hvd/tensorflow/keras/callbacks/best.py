@@ -1,0 +1,56 @@
+"""``BestModelCheckpoint``: the best model so far, by a metric that all ranks see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from gossip_hvd import session
+from gossip_hvd.errors import ConfigError
+
+
+class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
+    """Rank 0 saves the whole model whenever the metric is better than ever before.
+
+    Put ``MetricAverageCallback`` before it. What is saved is rank 0's replica; with
+    ``GossipCallback(merge=1)`` it has been validated as the merged model.
+
+    Args:
+        monitor: the metric.
+        verbose: above 0, say when a model is saved.
+        mode: ``"min"``, ``"max"`` or ``"auto"``.
+        save_freq: ``"epoch"``, or a number of batches.
+        filepath: where to; may be set later, as Horovod's estimators do.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        filepath: Any = None,
+    ) -> None:
+        # Keras 3 looks at the ending at once.
+        super().__init__(
+            filepath="unnamed.keras" if filepath is None else filepath,
+            monitor=monitor,
+            verbose=verbose,
+            save_best_only=True,
+            save_weights_only=False,
+            mode=mode,
+            save_freq=save_freq,
+        )
+        self.filepath = filepath
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Refuse to begin without a place to save to."""
+        if self.filepath is None:
+            raise ConfigError("BestModelCheckpoint: set its filepath before training begins.")
+        self.filepath = str(self.filepath)
+        super().on_train_begin(logs)
+
+    def _save_model(self, epoch: int, batch: int | None, logs: dict[str, Any]) -> None:
+        if session.current().world.rank == 0:
+            super()._save_model(epoch, batch, logs)

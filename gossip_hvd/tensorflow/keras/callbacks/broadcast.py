@@ -1,0 +1,53 @@
+"""``BroadcastGlobalVariablesCallback``: every rank starts from one rank's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gossip_hvd.tensorflow.functions import broadcast_variables
+from gossip_hvd.tensorflow.keras.callbacks.contract import Callback
+
+
+class BroadcastGlobalVariablesCallback(Callback):
+    """Give all ranks the model and the optimizer of one.
+
+    Keras 3 has built both when training begins, so that is when it happens: before the first
+    step, where Horovod's own comes after it.
+
+    Args:
+        root_rank: world rank that has the values to keep.
+        device: Horovod's argument; variables stay where they are.
+        local_variables: a variable or variables that are not broadcast.
+    """
+
+    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
+        super().__init__()
+        self.root_rank = root_rank
+        self.broadcast_done = False
+        single = local_variables is not None and not isinstance(local_variables, Iterable)
+        self._local = [local_variables] if single else list(local_variables or ())
+
+    def register_local_var(self, var: Any) -> None:
+        """Leave this variable out."""
+        self._local.append(var)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Broadcast, if there is everything to broadcast."""
+        if self.model.built and self.model.optimizer.built:
+            self._broadcast()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Broadcast what the first step has built."""
+        self._broadcast()
+
+    def _broadcast(self) -> None:
+        if self.broadcast_done:
+            return
+        left_out = {id(v) for v in self._local} | {id(getattr(v, "value", v)) for v in self._local}
+        everything = [*self.model.variables, *self.model.optimizer.variables]
+        chosen = {
+            id(v): v for v in everything if id(v) not in left_out and id(v.value) not in left_out
+        }
+        broadcast_variables(chosen.values(), self.root_rank)
+        self.broadcast_done = True

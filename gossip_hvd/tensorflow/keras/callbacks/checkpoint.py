@@ -1,0 +1,143 @@
+"""``GossipCheckpoint``: all that a job needs to go on as if it had never stopped.
+
+A checkpoint is a folder ``epoch-00007``: one ``rank*.npz`` a rank with the values of all variables
+of model and optimizer (also those that differ inside a node, such as batch norm's statistics and
+the state of dropout's random numbers), and ``job.json`` with the epoch and the gossip's numbers.
+It is complete once it has its name: it is written under another and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gossip_hvd import session
+from gossip_hvd.agreement import require_agreement
+from gossip_hvd.errors import ConfigError
+from gossip_hvd.methods.contract import restored
+from gossip_hvd.tensorflow.keras.callbacks.contract import Callback, gossip_of
+
+VERSION = 1
+
+
+class GossipCheckpoint(Callback):
+    """Save every few epochs, and go on from the last checkpoint when training begins.
+
+    Put it last. The folder must be one that all ranks see. Going on is exact, to the bit, where
+    the training itself is deterministic and the script's own data order is that of the epoch.
+
+    Args:
+        directory: of the checkpoints.
+        every: epochs between checkpoints.
+        keep: how many of the newest to keep.
+        resume: whether to go on from the newest; ``fit`` then begins with the epoch after it.
+    """
+
+    def __init__(
+        self, directory: str | Path, every: int = 1, keep: int = 2, resume: bool = True
+    ) -> None:
+        super().__init__()
+        if every < 1 or keep < 1:
+            raise ConfigError(f"every={every}, keep={keep}: expected 1 or more of both.")
+        self.directory, self.every, self.keep, self.resume = Path(directory), every, keep, resume
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        if self.resume and (found := self._checkpoints()):
+            self.restore(found[-1])
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Save, if it is this epoch's turn."""
+        if (epoch + 1) % self.every == 0:
+            self.save(epoch)
+
+    def save(self, epoch: int) -> Path:
+        """Write a checkpoint of the end of ``epoch``; all ranks must call."""
+        world = session.current().world
+        gossip = gossip_of(self.model)
+        if gossip is not None and gossip.begun:
+            gossip.drain()
+        final = self.directory / f"epoch-{epoch:05d}"
+        draft = self.directory / f"{final.name}.draft"
+        draft.mkdir(parents=True, exist_ok=True)
+        with (draft / f"rank{world.rank}.npz").open("wb") as file:
+            np.savez(file, **{str(i): _raw(v) for i, v in enumerate(self._variables())})
+        world.barrier("GossipCheckpoint")
+        if world.rank == 0:
+            (draft / "job.json").write_text(json.dumps(self._job(epoch), indent=1) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            draft.rename(final)
+            for old in self._checkpoints()[: -self.keep]:
+                shutil.rmtree(old)
+        world.barrier("GossipCheckpoint")
+        return final
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint; all ranks must call, with model and optimizer built.
+
+        Raises:
+            ConfigError: for a checkpoint of another job, or of another version.
+        """
+        world = session.current().world
+        job = json.loads((folder / "job.json").read_text())
+        require_agreement(world, "GossipCheckpoint", {"the checkpoint": folder.name})
+        nodes = [list(ranks) for ranks in session.current().cluster.nodes]
+        if job["version"] != VERSION or job["nodes"] != nodes:
+            raise ConfigError(
+                f"{folder}: a checkpoint of version {job['version']} of nodes {job['nodes']}; "
+                f"this is version {VERSION} with nodes {nodes}. Start as many ranks in the same "
+                "nodes, or load the model from a .keras file instead."
+            )
+        with np.load(folder / f"rank{world.rank}.npz") as held:
+            variables = self._variables()
+            if len(held.files) != len(variables):
+                raise ConfigError(
+                    f"{folder}: it holds {len(held.files)} variables, model and optimizer have "
+                    f"{len(variables)}. Build the same model with the same optimizer."
+                )
+            for i, variable in enumerate(variables):
+                variable.assign(held[str(i)].view(_raw(variable).dtype))
+        gossip = gossip_of(self.model)
+        if gossip is not None and job["gossip"] is not None:
+            self._set(gossip, job["gossip"])
+        # Where Keras's own BackupAndRestore tells fit in which epoch to begin.
+        self.model._initial_epoch = job["epoch"] + 1
+
+    def _job(self, epoch: int) -> dict[str, Any]:
+        gossip = gossip_of(self.model)
+        numbers = None
+        if gossip is not None and gossip.begun:
+            engine = gossip.engine
+            numbers = {
+                "round": engine.number,
+                "sequence": engine._sequence,
+                "state": asdict(engine.state),
+            }
+        nodes = session.current().cluster.nodes
+        return {"version": VERSION, "epoch": epoch, "nodes": nodes, "gossip": numbers}
+
+    def _set(self, gossip: Any, numbers: dict[str, Any]) -> None:
+        self.model.optimizer.begin()
+        engine = gossip.engine
+        engine.number, engine._sequence = numbers["round"], numbers["sequence"]
+        engine.state = restored(engine.state, numbers["state"])
+
+    def _variables(self) -> list[Any]:
+        """Every variable of model and optimizer once, in a fixed order."""
+        every = [*self.model.variables, *self.model.optimizer.variables]
+        return list({id(v): v for v in every}.values())
+
+    def _checkpoints(self) -> list[Path]:
+        """The complete ones, oldest first."""
+        return sorted(p.parent for p in self.directory.glob("epoch-[0-9]*[0-9]/job.json"))
+
+
+def _raw(variable: Any) -> Any:
+    """A variable's values in a dtype that NumPy can write."""
+    values = np.asarray(variable.numpy())
+    return values.view(np.uint16) if values.dtype.name == "bfloat16" else values

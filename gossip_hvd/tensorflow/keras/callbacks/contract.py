@@ -1,0 +1,33 @@
+"""What all callbacks share: they see to it that the training step stays outside XLA."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import keras
+
+log = logging.getLogger("gossip_hvd")
+
+
+class Callback(keras.callbacks.Callback):  # type: ignore[misc]
+    """A callback that is called in the training's own thread, in order."""
+
+    def set_model(self, model: Any) -> None:
+        """Keras's ``set_model``, which comes before the training step is traced."""
+        super().set_model(model)
+        if keras.backend.backend() == "tensorflow" and model.jit_compile:
+            log.info(
+                "gossip_hvd: jit_compile is set to False: XLA cannot compile a training step "
+                "that exchanges gradients and weights with other ranks."
+            )
+            model.jit_compile = False
+            model.train_function = None
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Nothing to do; that it is here keeps Keras from calling batches' ends out of order."""
+
+
+def gossip_of(model: Any) -> Any:
+    """The gossip of a model's optimizer; None where it is not distributed."""
+    return getattr(model.optimizer, "gossip", None)

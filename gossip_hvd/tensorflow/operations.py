@@ -1,0 +1,105 @@
+"""World-wide operations on TensorFlow tensors that Horovod cannot do in scope ``node``.
+
+Outside a graph an operation is done at once. In a graph it is one ``numpy_function``, and its name
+is found while the graph is traced, because several may run at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as horovod
+import numpy as np
+import tensorflow as tf
+
+from gossip_hvd import session
+from gossip_hvd.errors import ConfigError
+from gossip_hvd.mixing import Array
+
+OPS = {
+    horovod.Average: "average",
+    horovod.Sum: "sum",
+    horovod.Min: "min",
+    horovod.Max: "max",
+    horovod.Product: "product",
+}
+
+_traced = itertools.count()
+
+
+def horovod_answers(process_set: Any) -> bool:
+    """Whether Horovod itself knows the ranks that are meant.
+
+    Raises:
+        ConfigError: for a process set that does not exist here.
+    """
+    current = session.current()
+    if current.scope == "world":
+        return True
+    if process_set is None or process_set is horovod.global_process_set:
+        return False
+    raise ConfigError(
+        "process_set: in scope 'node' Horovod knows the ranks of one node only. Use "
+        "init(horovod_scope='world') for process sets, or horovod.tensorflow's own operations "
+        "inside the node."
+    )
+
+
+def named(op: Any) -> str:
+    """Our name of Horovod's constant.
+
+    Raises:
+        ConfigError: for a reduction that is Horovod's own.
+    """
+    if op not in OPS:
+        raise ConfigError(
+            f"op={op}: over the world in scope 'node' there are Average, Sum, Min, Max and "
+            "Product. Adasum is Horovod's own: use init(horovod_scope='world')."
+        )
+    return OPS[op]
+
+
+def world_operation(
+    kind: str, tensors: Sequence[Any], name: str | None, like: Sequence[Any], **details: Any
+) -> list[Any]:
+    """Carry out an operation over all ranks.
+
+    Args:
+        kind: one of ``requests.KINDS``.
+        tensors: its inputs.
+        name: matches ranks; None for the next number.
+        like: the dtypes of the results.
+        details: further fields of ``requests.Request``.
+    """
+    if not tf.executing_eagerly() and name is None:
+        name = f"{kind}.traced.{next(_traced)}"
+
+    def body(*arrays: Array) -> list[Array]:
+        return _submit(kind, [np.ascontiguousarray(a) for a in arrays], name, details)
+
+    if tf.executing_eagerly():
+        return [tf.convert_to_tensor(r) for r in body(*(np.asarray(t) for t in tensors))]
+    with tf.device("/cpu:0"):
+        results = tf.numpy_function(body, tensors, list(like), stateful=True)
+    return list(results) if isinstance(results, list | tuple) else [results]
+
+
+def _submit(
+    kind: str, arrays: list[Array], name: str | None, details: dict[str, Any]
+) -> list[Array]:
+    operations = session.current().operations
+    same = kind in ("allreduce", "broadcast")
+    flat = [array.reshape(-1) for array in arrays]
+    outputs = [np.empty_like(array) for array in flat] if same else []
+    shapes = [array.shape for array in arrays]
+    label = None if name is None else f"tensorflow.{name}"
+    handle = operations.submit(kind, label, flat, shapes, outputs, **details)
+    results = handle.wait()
+    if same:
+        return [out.reshape(shape) for out, shape in zip(outputs, shapes, strict=True)]
+    rows = [np.asarray(result) for result in results]
+    if kind == "alltoall":
+        return [rows[0].reshape(-1, *shapes[0][1:]), rows[1].astype(np.int32)]
+    return [row.reshape(-1, *shape[1:]) for row, shape in zip(rows, shapes, strict=True)]

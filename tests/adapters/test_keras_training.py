@@ -1,0 +1,393 @@
+"""Training under Keras on real ranks: what every rank must hold afterwards."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+import gossip_hvd.keras as hvd
+from gossip_hvd.errors import ConfigError
+from keras_models import (
+    BOTH,
+    CLASSES,
+    FEATURES,
+    LAYERS,
+    assert_nodes_agree,
+    backend,
+    compiled,
+    data,
+    differ,
+    network,
+    on,
+    sgd,
+    trained,
+    values,
+)
+from rank import Rank
+from ranks import ALONE, BOTH_SCOPES, Job, on_ranks
+
+EVERYWHERE = on(BOTH, [*ALONE, Job(2), Job(2, "node", 2), *BOTH_SCOPES, Job(5, "node", 2), Job(5)])
+PAIRS = on(BOTH, BOTH_SCOPES)
+TENSORFLOW = on(BOTH[:1], BOTH_SCOPES)
+
+OPTIMIZERS = [
+    name
+    for name in dir(keras.optimizers)
+    if isinstance(kind := getattr(keras.optimizers, name), type)
+    and issubclass(kind, keras.optimizers.Optimizer)
+    and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
+]
+
+
+@on_ranks(EVERYWHERE)
+def test_ranks_of_a_node_hold_the_same_bits_after_fit(me: Rank) -> None:
+    model = trained(me, hvd.DistributedOptimizer(keras.optimizers.Adam(0.05)), epochs=2)
+    nodes = assert_nodes_agree(me, model)
+    gossip = model.optimizer.gossip
+    if len(nodes) > 1:
+        assert gossip.round == 8
+        assert gossip.bytes_sent > 0
+    if len(nodes) > 2:
+        assert differ(nodes)
+        assert gossip.consensus_distance() > 0
+    gossip.average_parameters()
+    assert len({v.tobytes() for v in me.gather(values(model))}) == 1
+
+
+@on_ranks(on(BOTH, [Job(2, "node", 2)]))
+def test_without_reduction_the_same_check_fails(me: Rank) -> None:
+    """The silent failure of Horovod under Keras 3, which trains each rank for itself."""
+    model = trained(me, keras.optimizers.Adam(0.05))
+    with pytest.raises(AssertionError):
+        assert_nodes_agree(me, model)
+        raise AssertionError if differ(me.gather(values(model))) else RuntimeError
+
+
+def by_hand(me: Rank, *, everywhere: bool, steps: int) -> list[np.ndarray]:
+    """The same network trained with NumPy: SGD on each node's mean gradient, then a mean of two."""
+    start = [np.asarray(w, np.float64) for w in network().get_weights()]
+    nodes = [[w.copy() for w in start] for _ in me.nodes]
+    parts = [data(rank) for rank in range(me.size)]
+    for step in range(steps):
+        means = []
+        for weights, ranks in zip(nodes, me.nodes, strict=True):
+            every = [gradient(weights, *batch(parts[rank], step)) for rank in ranks]
+            means.append([sum(g) / len(ranks) for g in zip(*every, strict=True)])
+        if everywhere:
+            means = [[sum(g) / len(means) for g in zip(*means, strict=True)]] * len(means)
+        nodes = [
+            [w - 0.1 * g for w, g in zip(weights, mean, strict=True)]
+            for weights, mean in zip(nodes, means, strict=True)
+        ]
+        if not everywhere:
+            mixed = [sum(w) / len(nodes) for w in zip(*nodes, strict=True)]
+            nodes = [[w.copy() for w in mixed] for _ in nodes]
+    return [np.concatenate([w.ravel() for w in weights]) for weights in nodes]
+
+
+def batch(part, step: int):
+    x, y = part
+    rows = slice(8 * step % len(x), 8 * step % len(x) + 8)
+    return x[rows].astype(np.float64), y[rows]
+
+
+def gradient(weights, x, y):
+    """Of the mean cross-entropy of ``tanh(x W₁ + b₁) W₂ + b₂``."""
+    w1, b1, w2, b2 = weights
+    h = np.tanh(x @ w1 + b1)
+    z = h @ w2 + b2
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(y)), y] -= 1
+    p /= len(y)
+    d = (p @ w2.T) * (1 - h * h)
+    return [x.T @ d, d.sum(0), h.T @ p, p.sum(0)]
+
+
+def check_by_hand(me: Rank, method: str) -> None:
+    model = trained(me, sgd(method=method), epochs=2)
+    expected = by_hand(me, everywhere=method == "allreduce", steps=8)
+    np.testing.assert_allclose(values(model), expected[me.node], atol=2e-6)
+
+
+@on_ranks(PAIRS)
+def test_crossover_of_two_nodes_equals_numpy(me: Rank) -> None:
+    check_by_hand(me, "crossover")
+
+
+@on_ranks(PAIRS)
+def test_gossip_of_two_nodes_equals_numpy(me: Rank) -> None:
+    check_by_hand(me, "gossip")
+
+
+@on_ranks(PAIRS)
+def test_allreduce_equals_numpy(me: Rank) -> None:
+    check_by_hand(me, "allreduce")
+
+
+@on_ranks(PAIRS)
+def test_every_stock_optimizer(me: Rank) -> None:
+    assert len(OPTIMIZERS) >= 11
+    for name in OPTIMIZERS:
+        plain = getattr(keras.optimizers, name)()
+        kind = type(plain)
+        optimizer = hvd.DistributedOptimizer(plain)
+        assert optimizer is plain
+        assert isinstance(optimizer, getattr(keras.optimizers, name))
+        assert type(optimizer).__name__ == kind.__name__
+        nodes = assert_nodes_agree(me, trained(me, optimizer))
+        assert not differ(nodes), name
+
+
+@on_ranks(on(BOTH, [Job(4)]))
+def test_four_nodes_mix_without_losing_their_mean(me: Rank) -> None:
+    """Sum of all weights: that of nodes which never meet, within rounding."""
+    alone = np.mean(me.gather(values(trained(me, keras.optimizers.SGD(0.0)))), axis=0)
+    model = trained(me, hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)))
+    np.testing.assert_allclose(np.mean(me.gather(values(model)), axis=0), alone, atol=1e-7)
+
+
+@on_ranks(PAIRS)
+def test_settings_of_the_optimizer_hold(me: Rank) -> None:
+    kinds = {
+        "clipnorm": {"clipnorm": 0.01},
+        "global_clipnorm": {"global_clipnorm": 0.01},
+        "clipvalue": {"clipvalue": 0.001},
+        "ema": {"use_ema": True, "ema_overwrite_frequency": 2},
+        "decay": {"weight_decay": 0.1},
+    }
+    for name, arguments in kinds.items():
+        plain = keras.optimizers.SGD(0.1, momentum=0.9, **arguments)
+        model = trained(me, hvd.DistributedOptimizer(plain))
+        assert_nodes_agree(me, model)
+        assert model.optimizer.gossip.round == 4, name
+
+
+@on_ranks(PAIRS)
+def test_gradients_are_averaged_before_they_are_clipped(me: Rank) -> None:
+    clip = 0.05
+    model = network()
+    before = values(model)
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(1.0, global_clipnorm=clip), method="allreduce"
+    )
+    x, y = data(me.rank)
+    compiled(optimizer, model).train_on_batch(x, y)
+    assert np.linalg.norm(values(model) - before) == pytest.approx(clip, rel=1e-4)
+
+
+@on_ranks(PAIRS)
+def test_accumulated_gradients_are_reduced_once(me: Rank) -> None:
+    """Two batches of 8, averaged by Keras: one step on their 16 samples."""
+    model = trained(
+        me, hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    )
+    assert_nodes_agree(me, model)
+    assert model.optimizer.gossip.round == 2
+    other = trained(
+        me,
+        hvd.DistributedOptimizer(
+            keras.optimizers.SGD(0.1), backward_passes_per_step=2, average_aggregated_gradients=True
+        ),
+    )
+    np.testing.assert_array_equal(values(other), values(model))
+    added = trained(
+        me, hvd.DistributedOptimizer(keras.optimizers.SGD(0.05), backward_passes_per_step=2)
+    )
+    np.testing.assert_allclose(values(added), values(model), atol=1e-6)
+
+
+@on_ranks(PAIRS)
+def test_embeddings_with_and_without_dense_gradients(me: Rank) -> None:
+    random = np.random.default_rng(me.rank)
+    x, y = random.integers(0, 20, (32, 4)), random.integers(0, CLASSES, 32)
+    results = []
+    for dense in (False, True):
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential([LAYERS.Embedding(20, 4), LAYERS.Flatten(), LAYERS.Dense(CLASSES)])
+        compiled(sgd(sparse_as_dense=dense), model).fit(x, y, batch_size=8, verbose=0, shuffle=False)
+        assert_nodes_agree(me, model)
+        results.append(values(model))
+    np.testing.assert_allclose(*results, atol=1e-6)
+
+
+@on_ranks(PAIRS)
+def test_layers_unfrozen_with_a_second_compile(me: Rank) -> None:
+    model = network()
+    model.layers[0].trainable = False
+    frozen = model.layers[0].get_weights()[0].copy()
+    x, y = data(me.rank)
+    compiled(sgd(timing="awc"), model).fit(x, y, batch_size=8, verbose=0)
+    np.testing.assert_array_equal(model.layers[0].get_weights()[0], frozen)
+    model.layers[0].trainable = True
+    compiled(sgd(timing="awc"), model).fit(x, y, batch_size=8, verbose=0)
+    assert not np.array_equal(model.layers[0].get_weights()[0], frozen)
+    model.optimizer.gossip.drain()
+    assert_nodes_agree(me, model)
+
+
+@on_ranks(PAIRS)
+def test_several_models_and_one_that_only_one_rank_has(me: Rank) -> None:
+    if me.rank == 1:  # Keras numbers layers and optimizers by what a process has made.
+        compiled(keras.optimizers.Adam(), network()).train_on_batch(*data(0))
+    first, second = network(), network()
+    compiled(sgd(), first)
+    compiled(sgd(method="gossip"), second)
+    x, y = data(me.rank)
+    for _ in range(2):
+        first.fit(x, y, batch_size=8, verbose=0)
+        second.fit(x, y, batch_size=16, verbose=0)
+    assert_nodes_agree(me, first)
+    assert_nodes_agree(me, second)
+    assert first.optimizer.gossip.round == 8
+    assert second.optimizer.gossip.round == 4
+
+
+@on_ranks(PAIRS)
+def test_ways_to_train_give_the_same_weights(me: Rank) -> None:
+    ways = [{"run_eagerly": True}]
+    if backend() == "tensorflow":
+        ways += [{"steps_per_execution": 2}, {"steps_per_execution": 3}]
+    expected = values(trained(me, sgd(), epochs=2))
+    for way in ways:
+        model = trained(me, sgd(), epochs=2, **way)
+        assert_nodes_agree(me, model)
+        np.testing.assert_allclose(values(model), expected, atol=1e-6)
+        assert model.optimizer.gossip.round == 8
+    model = compiled(sgd())
+    x, y = data(me.rank)
+    for step in range(8):
+        rows = slice(8 * step % 32, 8 * step % 32 + 8)
+        model.train_on_batch(x[rows], y[rows])
+    np.testing.assert_allclose(values(model), expected, atol=1e-6)
+
+
+@on_ranks(PAIRS)
+def test_functional_and_subclassed_models(me: Rank) -> None:
+    class Own(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = LAYERS.Dense(5), LAYERS.Dense(CLASSES)
+
+        def call(self, inputs):
+            return self.second(self.first(inputs))
+
+    keras.utils.set_random_seed(2)
+    inputs = LAYERS.Input((FEATURES,))
+    hidden = LAYERS.BatchNormalization()(LAYERS.Dense(4)(inputs))
+    functional = keras.Model(inputs, LAYERS.Dense(CLASSES)(hidden))
+    x, y = data(me.rank)
+    for model in (functional, Own()):
+        compiled(sgd(), model).fit(x, y, batch_size=8, verbose=0)
+        trainable = [np.asarray(v.numpy()).tobytes() for v in model.trainable_variables]
+        every = me.gather(trainable)
+        assert all(every[rank] == every[ranks[0]] for ranks in me.nodes for rank in ranks)
+
+
+@on_ranks(on(BOTH, [Job(4), *BOTH_SCOPES]))
+def test_overlapped_rounds_on_a_narrow_wire(me: Rank) -> None:
+    model = trained(me, sgd(timing="awc", staleness=1, wire_dtype="bfloat16"), epochs=3)
+    model.optimizer.gossip.drain()
+    assert_nodes_agree(me, model)
+    assert model.optimizer.gossip.round == 12
+
+
+@on_ranks(PAIRS)
+def test_an_overflow_on_one_rank_stops_nobody(me: Rank) -> None:
+    keras.config.set_dtype_policy("mixed_float16")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9))
+    assert isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    model = compiled(optimizer)
+    x, y = data(me.rank)
+    for step in range(4):
+        part = x[:8] * (np.float32(1e30) if (step, me.rank) == (1, 1) else 1)
+        model.train_on_batch(part, y[:8])
+    assert_nodes_agree(me, model)
+    assert np.isfinite(values(model)).all()
+    scales = me.gather(float(keras.ops.convert_to_numpy(optimizer.dynamic_scale)))
+    for ranks in me.nodes:
+        skipped = 1 in ranks
+        assert {scales[rank] for rank in ranks} == {2.0**14 if skipped else 2.0**15}
+    assert optimizer.gossip.round == 4
+
+
+@on_ranks(PAIRS)
+def test_mixed_bfloat16_and_bfloat16_weights(me: Rank) -> None:
+    for policy in ("mixed_bfloat16", "bfloat16"):
+        keras.config.set_dtype_policy(policy)
+        assert_nodes_agree(me, trained(me, sgd()))
+
+
+@on_ranks(on(BOTH, [Job(2, "node", 2)]))
+def test_a_model_that_is_mixed_alone_says_how_to_distribute_it(me: Rank) -> None:
+    model = network(dtype="mixed_float16")
+    functional = keras.Model(model.inputs, model.outputs)
+    functional.dtype_policy = keras.DTypePolicy("mixed_float16")
+    with pytest.raises(ConfigError, match="LossScaleOptimizer"):
+        compiled(sgd(), functional)
+
+
+@on_ranks(TENSORFLOW)
+def test_xla_is_refused_with_a_sentence(me: Rank) -> None:
+    model = compiled(sgd(), jit_compile=True)
+    with pytest.raises(ConfigError, match="jit_compile=False"):
+        model.fit(*data(me.rank), verbose=0)
+    again = compiled(sgd(), jit_compile=True)
+    again.fit(
+        *data(me.rank), verbose=0, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
+    )
+    assert again.jit_compile is False
+    assert_nodes_agree(me, again)
+
+
+@on_ranks(PAIRS)
+def test_saved_models_know_nothing_of_us_and_load_distributed(me: Rank) -> None:
+    model = trained(me, hvd.DistributedOptimizer(keras.optimizers.Adam(0.01)))
+    path = f"/tmp/gossip_hvd_test_{me.job}_{me.rank}.keras"
+    model.save(path)
+    plain = keras.saving.load_model(path)
+    assert "gossip" not in vars(plain.optimizer)
+
+    assert int(plain.optimizer.iterations.numpy()) == 4
+    again = hvd.load_model(path, method="gossip")
+    assert again.optimizer.gossip.method.name == "gossip"
+    x, y = data(me.rank)
+    again.fit(x, y, batch_size=8, verbose=0)
+    assert_nodes_agree(me, again)
+    assert int(again.optimizer.iterations.numpy()) == 8
+
+
+@on_ranks(PAIRS)
+def test_state_from_before_the_wrapping_is_kept(me: Rank) -> None:
+    optimizer = keras.optimizers.Adam(0.01)
+    model = compiled(optimizer)
+    x, y = data(0)
+    model.fit(x, y, batch_size=8, verbose=0)
+    velocity = [v.numpy().copy() for v in optimizer.variables]
+    model.optimizer = hvd.DistributedOptimizer(optimizer)
+    model.train_function = None
+    for before, now in zip(velocity, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(before, now.numpy())
+    model.fit(*data(me.rank), batch_size=8, verbose=0)
+    assert_nodes_agree(me, model)
+    assert int(optimizer.iterations.numpy()) == 8
+
+
+@on_ranks(on(BOTH, [Job(2, "node", 2)]))
+def test_what_has_no_meaning_is_refused_by_name(me: Rank) -> None:
+    def wrap(**arguments):
+        return hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), **arguments)
+
+    with pytest.raises(ConfigError, match="process_set"):
+        wrap(process_set=hvd.ProcessSet([0]))
+    with pytest.raises(ConfigError, match="op="):
+        wrap(op=hvd.Adasum)
+    with pytest.raises(ValueError, match="gradient_predivide_factor"):
+        wrap(op=hvd.Sum, gradient_predivide_factor=2.0)
+    with pytest.raises(ValueError, match="backward_passes_per_step"):
+        wrap(backward_passes_per_step=0)
+    with pytest.raises(ConfigError, match="did you mean 'crossover'"):
+        wrap(method="crosover")
+    with pytest.raises(ConfigError, match="wrap it once"):
+        hvd.DistributedOptimizer(wrap())

@@ -1,0 +1,187 @@
+"""The coordinator and what it finds wrong, without any rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gossip_hvd.mixing import dtype_of
+from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
+from gossip_hvd.reductions import combine, neutral, scale
+from gossip_hvd.requests import (
+    Request,
+    decode_requests,
+    decode_responses,
+    encode_requests,
+    encode_responses,
+)
+
+
+def wanted(name: str, kind: str = "allreduce", **changes: object) -> Request:
+    plain = Request(kind, name, shapes=((2, 3),), dtypes=("float32",), op="sum")
+    return replace(plain, **changes)
+
+
+def told(coordinator: Coordinator, rank: int) -> list[tuple[str, str]]:
+    found = [(r.request.name, r.error) for r in coordinator.outgoing[rank]]
+    coordinator.outgoing[rank].clear()
+    return found
+
+
+def test_different_orders_on_different_ranks_become_one() -> None:
+    coordinator = Coordinator(3, limit=10)
+    coordinator.announce(0, [wanted("a"), wanted("b"), wanted("c")], 0)
+    coordinator.announce(1, [wanted("c"), wanted("a"), wanted("b")], 0)
+    assert told(coordinator, 0) == []
+    coordinator.announce(2, [wanted("b"), wanted("c"), wanted("a")], 0)
+    orders = [told(coordinator, rank) for rank in range(3)]
+    assert orders[0] == orders[1] == orders[2] == [("b", ""), ("c", ""), ("a", "")]
+    assert coordinator.idle
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"shapes": ((3, 2),)}, r"Mismatched allreduce tensor shapes: .* shape \[2, 3\], but .* \[3, 2\]"),
+        ({"dtypes": ("int32",)}, "Mismatched data types: One rank had type float32, but .* int32"),
+        ({"op": "max"}, "Mismatched reduction ops"),
+        ({"prescale": 2.0}, "Mismatched prescale and/or postscale factors"),
+        ({"kind": "allgather"}, "One rank did an allreduce, but another rank did an allgather"),
+        ({"shapes": ((2, 3), (1,)), "dtypes": ("float32",) * 2}, "Mismatched allreduce groups"),
+    ],
+)
+def test_what_differs_is_said_to_all(changes: dict[str, object], sentence: str) -> None:
+    coordinator = Coordinator(2, limit=10)
+    coordinator.announce(0, [wanted("x")], 0)
+    coordinator.announce(1, [replace(wanted("x"), **changes)], 0)
+    for rank in range(2):
+        ((name, error),) = told(coordinator, rank)
+        assert name == "x"
+        with pytest.raises(AssertionError, match=sentence):
+            raise AssertionError(error)
+        assert "'x': ranks 0 and 1" in error
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (wanted("x", "broadcast", root=5), "root rank 5, which is none of ranks"),
+        (wanted("x", "allgather", shapes=((),)), "rank-zero tensor"),
+        (wanted("x", "alltoall", splits=(2, 1)), "Sum of splits entries is greater"),
+        (wanted("x", "alltoall", splits=(1,)), "1 splits for 2 ranks"),
+        (wanted("x", "alltoall", shapes=((3,),)), "not divisible"),
+    ],
+)
+def test_what_cannot_be_is_refused(request_: Request, sentence: str) -> None:
+    coordinator = Coordinator(2, limit=10)
+    for rank in range(2):
+        coordinator.announce(rank, [request_], 0)
+    for rank in range(2):
+        assert sentence in told(coordinator, rank)[0][1]
+
+
+def test_a_stalled_name_is_warned_about_then_fails_also_for_those_who_come_late() -> None:
+    coordinator = Coordinator(3, limit=300)
+    coordinator.announce(0, [wanted("slow")], 0)
+    coordinator.announce(2, [wanted("slow")], 5)
+    coordinator.look(59)
+    assert not coordinator.warnings
+    coordinator.look(61)
+    coordinator.look(62)
+    assert len(coordinator.warnings) == 1
+    assert "'slow' has waited 61 s for ranks [1]; ranks [0, 2] are ready" in coordinator.warnings[0]
+    coordinator.look(301)
+    error = told(coordinator, 0)[0][1]
+    assert "for ranks [1]" in error
+    assert told(coordinator, 2) == [("slow", error)]
+    coordinator.announce(1, [wanted("slow")], 400)
+    assert told(coordinator, 1) == [("slow", error)]
+    # The next use of the name is a new one.
+    for rank in range(3):
+        coordinator.announce(rank, [wanted("slow")], 500)
+    assert told(coordinator, 1) == [("slow", "")]
+
+
+def test_who_has_joined_is_not_waited_for() -> None:
+    coordinator = Coordinator(3, limit=10)
+    coordinator.announce(0, [wanted("x")], 0)
+    coordinator.announce(1, [Request("join", "join")], 0)
+    coordinator.announce(2, [wanted("x")], 0)
+    (response,) = coordinator.outgoing[1]
+    assert response.joined == (1,)
+    assert response.request.shapes == ((2, 3),)
+    coordinator.outgoing[1].clear()
+    coordinator.announce(2, [Request("join", "join")], 0)
+    coordinator.announce(0, [wanted("t", "alltoall", shapes=((3, 2),))], 0)
+    assert "not supported with Join" in told(coordinator, 0)[-1][1]
+    coordinator.announce(0, [Request("join", "join")], 0)
+    assert coordinator.outgoing[1][-1].rows == ((0,),), "the rank that joined last"
+
+
+def test_who_leaves_fails_what_waits_for_it() -> None:
+    coordinator = Coordinator(2, limit=10)
+    coordinator.announce(0, [wanted("x")], 0)
+    coordinator.announce(1, [Request("shutdown", "shutdown")], 0)
+    assert told(coordinator, 0) == [("x", SHUT_DOWN)]
+    coordinator.announce(0, [wanted("y")], 0)
+    assert told(coordinator, 0) == [("y", SHUT_DOWN)]
+    coordinator.announce(0, [Request("shutdown", "shutdown")], 0)
+    assert told(coordinator, 1) == [("shutdown", "")]
+
+
+def test_process_sets_are_numbered_and_duplicates_refused() -> None:
+    coordinator = Coordinator(3, limit=10)
+    adding = Request("add_process_set", "s", splits=(0, 2))
+    for rank in range(3):
+        coordinator.announce(rank, [adding], 0)
+    assert coordinator.outgoing[1][-1].rows == ((1,),)
+    for rank in range(3):
+        coordinator.announce(rank, [replace(adding, name="again")], 0)
+    assert "duplicate process set" in told(coordinator, 1)[-1][1]
+    coordinator.announce(0, [wanted("x", members=1)], 0)
+    coordinator.announce(2, [wanted("x", members=1)], 0)
+    assert told(coordinator, 2)[-1] == ("x", "")
+    assert told(coordinator, 1) == []
+    for rank in range(3):
+        coordinator.announce(rank, [Request("remove_process_set", "r", splits=(1,))], 0)
+    coordinator.announce(0, [wanted("x", members=1)], 0)
+    assert "does not exist" in told(coordinator, 0)[-1][1]
+
+
+def test_letters_arrive_as_they_were_sent() -> None:
+    requests = [wanted("ä", "alltoall", splits=(1, 1)), Request("join", "join")]
+    assert list(decode_requests(encode_requests(requests))) == requests
+    coordinator = Coordinator(1, limit=10)
+    coordinator.announce(0, requests, 0)
+    responses = coordinator.outgoing[0]
+    assert decode_responses(encode_responses(responses)) == responses
+    assert [one.order for one in responses] == [1, 2]
+
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reductions_and_what_changes_nothing_in_them(dtype: str, random: np.random.Generator) -> None:
+    kind = dtype_of(dtype)
+    rows = [random.integers(0, 4, 70_001).astype(kind) for _ in range(3)]
+    wide = np.stack(rows).astype(float)
+    expected = {"sum": wide.sum(0), "min": wide.min(0), "max": wide.max(0), "product": wide.prod(0)}
+    for op, values in expected.items():
+        idle = np.empty_like(rows[0])
+        neutral(op, idle)
+        out = np.empty_like(rows[0])
+        combine(op, [*rows, idle], out)
+        assert (out == values.astype(kind)).all(), op
+
+
+def test_a_mean_of_whole_numbers_is_exact_where_it_exists() -> None:
+    for dtype in ("int32", "uint8", "float16", "bfloat16", "float32"):
+        values = np.array([49, 98, 0], dtype_of(dtype))
+        scale(values, 1.0, 49)
+        assert values.tolist() == [1, 2, 0]
+    values = np.array([7, -7], np.int64)
+    scale(values, 1.0, 2)
+    assert values.tolist() == [3, -3]
