@@ -178,8 +178,14 @@ class Engine:
         return total
 
     def resume(self, before: Engine) -> None:
-        """Count on where a drained engine for the same ranks and wire has stopped."""
+        """Count on where a drained engine for the same ranks and wire has stopped.
+
+        The method's numbers go on too, unless they are kept by segment and segments have changed.
+        Its arrays begin again, since they were as large as the model before.
+        """
         self.number, self.loss, self._sequence = before.number, before.loss, before._sequence
+        if before.state.segments == self.state.segments:
+            self.state = before.state
 
     def close(self) -> None:
         """Stop moving bytes; call it after ``drain``."""

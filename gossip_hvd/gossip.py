@@ -16,6 +16,7 @@ from gossip_hvd.memory import Memory, PlainMemory
 from gossip_hvd.methods import Method
 from gossip_hvd.options import EngineOptions
 from gossip_hvd.progress import Steps, ThreadProgress, drive
+from gossip_hvd.recorder import Recorder
 from gossip_hvd.rounds import WEIGHTS
 from gossip_hvd.seat import Seat
 from gossip_hvd.segments import Layout
@@ -59,6 +60,7 @@ class Gossip:
         everything = {"method": method, "engine options": options, **facts}
         require_agreement(current.world, "DistributedOptimizer", everything)
         self._wire = current.world.wire()
+        self._record = Recorder()
 
     # What users call -------------------------------------------------------------------------
 
@@ -69,8 +71,13 @@ class Gossip:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank has sent so far, to other nodes and to its siblings."""
+        """Bytes that this rank has sent to other nodes so far."""
         return self.engine.seat.record.bytes_sent
+
+    @property
+    def bytes_shared(self) -> int:
+        """Bytes that this rank has sent to the other ranks of its node so far."""
+        return self.engine.seat.record.bytes_shared
 
     @property
     def layout(self) -> Layout:
@@ -126,6 +133,7 @@ class Gossip:
             wire_dtype=self.options.wire_dtype,
             largest=self.options.chunk_bytes,
             window=self.options.window,
+            record=self._record,
         )
         late = self.options.timing == "awc" and len(current.cluster.nodes) > 1
         self.engine = Engine(
@@ -140,7 +148,9 @@ class Gossip:
             self.engine.resume(before)
             return
         _running[self._number] = self
-        current.closers.append(self.close)
+        # Not the method itself: a model that nobody uses any more must be free to go.
+        close = weakref.WeakMethod(self.close)
+        current.closers.append(lambda: (alive := close()) and alive())
 
     def reduced(self) -> None:
         """At the end of a backward whose gradients have been averaged over the node."""

@@ -30,13 +30,21 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    """Keeps the last events; cheap enough to be always on (one tuple an event)."""
+    """Keeps the last events; cheap enough to be always on (one tuple an event).
+
+    Attributes:
+        events: the last ones, oldest first.
+        count: of all events so far.
+        bytes_sent: to other nodes, so far.
+        bytes_received: from other nodes, so far.
+        bytes_shared: sent to ranks of the same node, so far.
+    """
 
     def __init__(self, capacity: int = 4096) -> None:
         self.events: deque[Event] = deque(maxlen=capacity)
         self.count = 0
-        self.bytes_sent = 0
-        self.bytes_received = 0
+        self.bytes_sent = self.bytes_received = 0
+        self.bytes_shared = 0
 
     def __call__(
         self, what: str, flight: int, stage: int, cell: int = -1, peer: int = -1, nbytes: int = 0

@@ -1,7 +1,7 @@
 """What one node sends and receives in one round, as plain data.
 
 A method plans in terms of nodes and *units* (segments of the model, or equal parts of it); the
-engine lowers each transfer to messages between ranks (see ``shares.py``). Nothing here does I/O.
+engine lowers each transfer to messages between ranks (see ``flight.py``). Nothing here does I/O.
 """
 
 from __future__ import annotations

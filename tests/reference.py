@@ -173,7 +173,7 @@ class AGA(PGA):
         self.period, self.C, self.F0 = self.initial, 0, 0.0
 
     def due(self) -> bool:
-        return self.C + 1 >= self.period
+        return self.period <= self.C + 1
 
     def after(self) -> None:
         if not self.due():

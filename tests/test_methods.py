@@ -1,4 +1,4 @@
-"""Every registered method against one table of laws, on the real engine over the memory transport."""
+"""Every registered method against one table of laws, on the real engine and the memory wire."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ from gossip_hvd.topology import (
 )
 
 SEED = 7
-STEPS = 11
+STEPS = 9
 MU = 0.6
 BETA2 = 0.99
 EPSILON = 1e-3
@@ -162,7 +162,8 @@ ROWS: dict[str, Row] = {
     "post_local_sgd": Row(PostLocalSGD(switch=4, period=3), dense(R.PGA, H=3, switch=4)),
     "gossipgrad": Row(GossipGraD(), dense(R.Gossip, Rotated(Dissemination()), slots=("X", "V"))),
     "gossipgrad cube": Row(
-        GossipGraD("hypercube", False, "weights"), dense(R.Gossip, Hypercube(skip=True))
+        GossipGraD("hypercube", rotate=False, payload="weights"),
+        dense(R.Gossip, Hypercube(skip=True)),
     ),
     "gossipgrad gradients": Row(
         GossipGraD(payload="gradients"),
@@ -204,6 +205,7 @@ CASES = [(name, timing) for name, row in ROWS.items() for timing in row.method.t
 TABLE = [
     (*case, n) for case in CASES for n in SIZES if n % 2 == 0 or n == 1 or not ROWS[case[0]].even
 ]
+cases = pytest.mark.parametrize(("name", "timing"), CASES)
 each = pytest.mark.parametrize(("name", "timing", "n"), TABLE)
 
 
@@ -269,7 +271,7 @@ def simulation(row: Row, n: int, timing: str, *, start: Any = None, **options: A
 
 
 def rate_at(t: int) -> float:
-    return 0.1 if t < 6 else 0.05
+    return 0.1 if t < 5 else 0.05
 
 
 def losses_at(t: int, n: int) -> list[float]:
@@ -303,12 +305,14 @@ def masses(sim: Simulation) -> Any:
 
 
 @each
-def test_equals_the_dense_reference(name: str, timing: str, n: int) -> None:
+def test_laws_of_every_round(name: str, timing: str, n: int) -> None:
+    """Dense reference; one plan for all; sends meet receives; weights add up; a node is one."""
     row, task = ROWS[name], Quadratic.draw(n, 1.0)
     sim = simulation(row, n, timing)
     known = row.dense(sim.nodes(), mu=MU, awc=timing == "awc")
     for t in range(STEPS):
         known.rate, known.losses = rate_at(t), losses_at(t, n)
+        _check_plans(sim, t, column="sgp" in name)
         train(sim, row, task, t)
         known.step(task.rows)
         np.testing.assert_allclose(sim.nodes(), known.model(), rtol=1e-11, atol=1e-12)
@@ -318,43 +322,31 @@ def test_equals_the_dense_reference(name: str, timing: str, n: int) -> None:
     assert sim.board.idle()
 
 
-@each
-def test_every_send_has_its_receive_and_weights_add_up(name: str, timing: str, n: int) -> None:
-    row = ROWS[name]
-    sim = simulation(row, n, timing)
-    method, task = sim.engines[0].method, Quadratic.draw(n, 1.0)
-    column = "sgp" in name
-    for t in range(STEPS):
-        number = sim.engines[0].number
-        context = Context(rate_at(t), 1.0)
-        plans = []
-        for node, ranks in enumerate(sim.cluster.nodes):
-            engines = [sim.engines[rank] for rank in ranks]
-            made = [
-                method.plan(method.observe(e.state, number, context), number, node) for e in engines
-            ]
-            assert all(plan == made[0] for plan in made)
-            plans.append(made[0])
-        assert len({(len(p.stages), p.blocking) for p in plans}) == 1 or n > 1
-        for stage in range(max(len(p.stages) for p in plans)):
-            parts = [p.stages[stage] if p.stages else None for p in plans]
-            sent = Counter(
-                (i, x.peer, x.unit, x.slot, x.weight)
-                for i, p in enumerate(parts)
-                if p
-                for x in p.sends
-            )
-            got = Counter(
-                (x.peer, i, x.unit, x.slot, x.weight)
-                for i, p in enumerate(parts)
-                if p
-                for x in p.receives
-            )
-            assert sent == got
-            assert all(count == 1 for count in sent.values())
-            if all(p is None or p.rule == "mix" for p in parts):
-                _assert_stochastic(sent, column)
-        train(sim, row, task, t)
+def _check_plans(sim: Simulation, t: int, column: bool) -> None:
+    """The round to come, as every rank plans it."""
+    method, number, context = sim.engines[0].method, sim.engines[0].number, Context(rate_at(t), 1.0)
+    plans = []
+    for node, ranks in enumerate(sim.cluster.nodes):
+        states = [method.observe(sim.engines[rank].state, number, context) for rank in ranks]
+        made = [method.plan(state, number, node) for state in states]
+        assert all(plan == made[0] for plan in made)
+        plans.append(made[0])
+    assert len({plan.blocking for plan in plans}) == 1
+    for stage in range(max(len(plan.stages) for plan in plans)):
+        parts = [plan.stages[stage] if plan.stages else None for plan in plans]
+        sent = Counter(
+            (i, x.peer, x.unit, x.slot, x.weight) for i, p in enumerate(parts) if p for x in p.sends
+        )
+        got = Counter(
+            (x.peer, i, x.unit, x.slot, x.weight)
+            for i, p in enumerate(parts)
+            if p
+            for x in p.receives
+        )
+        assert sent == got
+        assert all(count == 1 for count in sent.values())
+        if all(p is None or p.rule == "mix" for p in parts):
+            _assert_stochastic(sent, column)
 
 
 def _assert_stochastic(sent: Counter[Any], column: bool) -> None:
@@ -370,48 +362,58 @@ def _assert_stochastic(sent: Counter[Any], column: bool) -> None:
             assert given[key] == pytest.approx(taken[key], abs=1e-12)
 
 
-@each
-def test_the_mean_over_nodes_is_kept_and_disagreement_shrinks(
-    name: str, timing: str, n: int
-) -> None:
-    row = ROWS[name]
+@cases
+def test_the_mean_is_kept_and_disagreement_shrinks(name: str, timing: str) -> None:
+    row, n = ROWS[name], 4 if ROWS[name].even else 5
     random = np.random.default_rng(3)
     sim = simulation(row, n, timing, start=random.normal(size=(n, COLUMNS)))
     still = Quadratic(np.zeros((n, COLUMNS)), np.zeros(COLUMNS))
     mean, first = sim.nodes().mean(axis=0), sim.nodes().std(axis=0).max()
-    kept = not isinstance(row.method, DecentLaM | SlowMo) and row.method.name != "quasi_global"
+    # These turn disagreement into momentum, of weights that differ from the start also in the mean.
+    kept = row.method.name not in ("decentlam", "quasi_global", "slowmo")
     for t in range(STEPS):
         train(sim, row, still, t)
         w = masses(sim)
         assert w.sum() == n  # exactly: no mass is ever lost
         if kept:
             np.testing.assert_allclose((w * sim.nodes()).sum(axis=0), n * mean, atol=1e-12)
-    if row.agrees and n > 1 and name not in ("allreduce", "decentlam", "decentlam damped"):
-        assert sim.nodes().std(axis=0).max() < (0.6 if n < 8 else 0.8) * first
+    if row.agrees and WEIGHTS in row.method.writes and kept and "in turns" not in name:
+        assert sim.nodes().std(axis=0).max() < 0.6 * first
+
+
+@cases
+def test_an_exact_average_in_the_middle_counts_every_node_once(name: str, timing: str) -> None:
+    """Also where a method sends something else than weights, or weighs nodes by their mass."""
+    row, n = ROWS[name], 4 if ROWS[name].even else 5
+    sim = simulation(row, n, timing, start=np.random.default_rng(3).normal(size=(n, COLUMNS)))
+    for t in range(2):
+        train(sim, row, Quadratic.draw(n, 1.0), t)
     sim.drain()
-    w = masses(sim)
-    mean = (w * sim.nodes()).sum(axis=0) / n
+    mean = (masses(sim) * sim.nodes()).sum(axis=0) / n
     sim.average()
     np.testing.assert_allclose(sim.nodes(), np.broadcast_to(mean, (n, COLUMNS)), atol=1e-13)
     assert (masses(sim) == 1).all()
     assert len({sim.values(rank).tobytes() for rank in range(sim.cluster.size)}) == 1
 
 
-@pytest.mark.parametrize(("name", "timing"), CASES)
+@cases
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_converges_on_a_quadratic(name: str, timing: str, spread: float) -> None:
-    row, n = ROWS[name], 4 if ROWS[name].even else 5
+    row, n = ROWS[name], 4 if ROWS[name].even else 3
     task = Quadratic.draw(n, spread)
-    sim = simulation(row, n, timing)
-    for t in range(250):
-        train(sim, row, task, t, 0.1 / (1 + t / 25))
+    method = row.method.fitted(row.optimizer)
+    layout = Layout.equal([Field("p", "float64", COLUMNS, 8)], 1)
+    flat = Cluster.grouped(n, 1)
+    sim = Simulation(flat, method, layout, seed=SEED, slots=SLOTS, timing=timing)
+    for t in range(120):
+        train(sim, row, task, t, 0.1 / (1 + t / 20))
     sim.drain()
     X, best = sim.nodes(), task.b.mean(axis=0)
-    error = np.abs(X.mean(axis=0) - best).mean()
+    error = np.abs((masses(sim) * X).mean(axis=0) - best).mean()
     if row.optimizer == "SGD":
         assert error < 0.01
     else:  # each node's own scaling weighs the nodes' gradients differently
-        assert error < (0.05 if spread == 0 else 0.25)
+        assert error < (0.1 if spread == 0 else 0.25)
     apart = np.abs(X - X.mean(axis=0)).mean()
     if row.agrees or spread == 0:
         assert apart < 0.15
@@ -419,9 +421,10 @@ def test_converges_on_a_quadratic(name: str, timing: str, spread: float) -> None
         assert apart > 0.3
 
 
-@each
-def test_resumes_bit_by_bit_from_plain_values(name: str, timing: str, n: int) -> None:
-    row, task = ROWS[name], Quadratic.draw(n, 1.0)
+@cases
+def test_resumes_bit_by_bit_from_plain_values(name: str, timing: str) -> None:
+    row, n = ROWS[name], 4 if ROWS[name].even else 3
+    task = Quadratic.draw(n, 1.0)
     sim = simulation(row, n, timing)
     for t in range(5):
         train(sim, row, task, t)
@@ -595,11 +598,11 @@ def test_sgp_keeps_all_mass_under_overlap(topology: Any, staleness: int) -> None
     assert (masses(sim) > 0).all()
 
 
-def test_sgp_masses_stay_exact_for_thousands_of_rounds() -> None:
+def test_sgp_masses_stay_exact_for_a_thousand_rounds() -> None:
     n = 7
     method = SGP("random_push")
     states = [method.start(n, 1, SEED) for _ in range(n)]
-    for number in range(3000):
+    for number in range(1000):
         notes = {i: np.array(method.note(s, number, Context())) for i, s in enumerate(states)}
         states = [
             method.finish(s, method.plan(s, number, i), notes[i], notes)
@@ -653,8 +656,8 @@ def test_decentlam_takes_the_bias_of_momentum_away() -> None:
         for method in (Gossip("ring"), DecentLaM()):
             row = Row(method, dense(R.Dense))
             sim = simulation(row, n, "atc")
-            for t in range(400):
-                train(sim, row, task, t, 0.02)
+            for t in range(150):
+                train(sim, row, task, t, 0.05)
             errors[method.name] = np.abs(sim.nodes() - best).mean()
     finally:
         MU = before
@@ -781,5 +784,5 @@ def test_what_a_method_needs_must_be_reported() -> None:
 
 def test_a_bad_custom_graph_is_refused_before_training() -> None:
     leaky = Custom.from_function(lambda n, seed, round, segment: np.full((n, n), 0.9 / n))
-    with pytest.raises(ConfigError, match="sums to 0.9"):
+    with pytest.raises(ConfigError, match=r"sums to 0\.9"):
         Gossip(leaky).start(4, 1, 0)

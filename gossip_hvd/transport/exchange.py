@@ -97,7 +97,7 @@ class Exchange:
         self._pending: list[tuple[str, Message]] = []
         self._held: dict[int, list[_Queued]] = {}
         self._ready: list[_Queued] = []
-        self._sending, self._window = 0, window
+        self._sending, self._window, self._gated = 0, window, gated
         self._order = count()
         word = tag_of("word", flight, stage)
         if gated:
@@ -154,11 +154,8 @@ class Exchange:
             elif what != "say":
                 past = "sent" if what == "send" else "received"
                 self._note(past, message)
-                if past == "sent":
-                    self._sending -= 1
-                    self._record.bytes_sent += message.data.nbytes
-                else:
-                    self._record.bytes_received += message.data.nbytes
+                self._sending -= past == "sent"
+                self._count(past, message.data.nbytes)
         self._fill_window()
         return [entry for entry in completed if entry[0] in ("send", "receive")]
 
@@ -183,6 +180,15 @@ class Exchange:
         self._pending.append((what, message))
         if what == "send":
             self._note("send", message)
+
+    def _count(self, past: str, nbytes: int) -> None:
+        # Messages without a word stay inside the node.
+        if not self._gated:
+            self._record.bytes_shared += nbytes if past == "sent" else 0
+        elif past == "sent":
+            self._record.bytes_sent += nbytes
+        else:
+            self._record.bytes_received += nbytes
 
     def _note(self, what: str, message: Message) -> None:
         self._record(what, self.flight, self.stage, message.cell, message.peer, message.data.nbytes)

@@ -122,6 +122,7 @@ class World:
 
     def __init__(self, mpi: Any, comm: MPI.Intracomm, limit: float) -> None:
         self._mpi, self.limit = mpi, limit
+        self._wires: list[MPI.Intracomm] = []
         self.comm: MPI.Intracomm = comm.Dup()
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
         local = self.comm.Split_type(mpi.COMM_TYPE_SHARED, self.rank)
@@ -135,7 +136,8 @@ class World:
 
     def wire(self) -> MpiWire:
         """A wire with a communicator of its own; collective."""
-        return MpiWire(self.comm.Dup())
+        self._wires.append(self.comm.Dup())
+        return MpiWire(self._wires[-1])
 
     def post(self) -> Post:
         """Letters on a communicator of their own; collective."""
@@ -197,9 +199,10 @@ class World:
         self._mpi.COMM_WORLD.Abort(code)
 
     def free(self) -> None:
-        """Give the communicator back; collective."""
+        """Give all communicators back; collective."""
         if not self._mpi.Is_finalized():
-            self.comm.Free()
+            for comm in (*self._wires, self.comm):
+                comm.Free()
 
     def _wait(self, request: MPI.Request, what: str, limit: float | None = None) -> None:
         since, limit = time.monotonic(), limit or self.limit
