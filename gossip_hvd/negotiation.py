@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from gossip_hvd.joining import Joining
 from gossip_hvd.requests import Request, Response, agreed
 
 SHUT_DOWN = (
@@ -53,7 +54,7 @@ class Coordinator:
         self.warnings: list[str] = []
         self._limit = limit
         self._waiting: dict[Key, _Waiting] = {}
-        self._joined: list[int] = []
+        self._joining = Joining(size)
         self._gone: set[int] = set()
         self._failed: dict[tuple[int, Key], str] = {}
         self._next_set = 1
@@ -76,6 +77,9 @@ class Coordinator:
             key = (request.members, request.name)
             if request.kind == "join":
                 self._join(rank, request)
+            elif request.kind == "steps":
+                self._joining.heard(request)
+                self._lead()
             elif request.kind == "shutdown":
                 self._leave(rank, request)
             elif (rank, key) in self._failed:
@@ -103,7 +107,7 @@ class Coordinator:
         if ranks is None:
             self._fail(key, f"process set {key[0]} does not exist or has been removed.")
             return
-        missing = [r for r in ranks if r not in waiting.requests and r not in self._joined]
+        missing = [r for r in ranks if r not in waiting.requests and r not in self._joining.order]
         if self._gone.intersection(missing):
             self._fail(key, SHUT_DOWN)
         elif not missing:
@@ -127,15 +131,20 @@ class Coordinator:
         return response
 
     def _join(self, rank: int, request: Request) -> None:
-        if rank not in self._joined:
-            self._joined.append(rank)
-        everyone = len(self._joined) == len(self.sets[0])
+        for other in self._joining.join(rank, request):
+            self._tell((other,), Response(Request("watch", "watch")))
         for key in self._names():
             self._settle(key)
-        if everyone:
-            last = self._joined[-1]
-            self._joined.clear()
-            self._tell(self.sets[0], Response(request, "", ((last,),)))
+        self._lead()
+
+    def _lead(self) -> None:
+        """Tell ranks that have joined which steps to follow, and all when there are no more."""
+        for rank, step in self._joining.following():
+            self._tell((rank,), Response(step))
+        if self._joining.over:
+            order = tuple(self._joining.order)
+            error = self._joining.finish()
+            self._tell(self.sets[0], Response(Request("join", "join"), error, (order,)))
 
     def _leave(self, rank: int, request: Request) -> None:
         """A rank shuts down: what waits for it can never happen."""
@@ -167,7 +176,7 @@ class Coordinator:
     def _stall(self, key: Key, waiting: _Waiting, waited: float) -> str:
         first = next(iter(waiting.requests.values()))
         ranks = self.sets.get(key[0], ())
-        missing = [r for r in ranks if r not in waiting.requests and r not in self._joined]
+        missing = [r for r in ranks if r not in waiting.requests and r not in self._joining.order]
         return (
             f"{first.kind} {key[1]!r} has waited {waited:.0f} s for ranks {missing}; ranks "
             f"{sorted(waiting.requests)} are ready. Do all ranks call it, under the same name? "

@@ -13,11 +13,13 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 from gossip_hvd.errors import OperationError, StallError
 from gossip_hvd.execution import Asked, Executor
+from gossip_hvd.joining import Steps
 from gossip_hvd.mixing import Array
 from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
 from gossip_hvd.requests import (
@@ -108,7 +110,9 @@ class Operations:
         self._post: Post = world.post()
         self._coordinator = Coordinator(world.size, world.limit) if world.rank == 0 else None
         self._numbers: defaultdict[tuple[str, int], Iterator[int]] = defaultdict(itertools.count)
-        self._new: deque[Asked] = deque()
+        self._new: deque[Request] = deque()
+        self._steps, self._watched = Steps(), False
+        self._followed: SimpleQueue[str | None] = SimpleQueue()
         self._asked: dict[tuple[int, str], Asked] = {}
         self._lock = threading.Lock()
         self._work = threading.Event()
@@ -129,6 +133,7 @@ class Operations:
         inputs: Sequence[Array] = (),
         shapes: Sequence[Sequence[int]] = (),
         outputs: Sequence[Array] | None = None,
+        given: tuple[str, ...] = (),
         **details: Any,
     ) -> Handle:
         """Ask for an operation; returns at once.
@@ -140,6 +145,7 @@ class Operations:
             shapes: their real shapes.
             outputs: where results go, for operations whose results have the inputs' shapes;
                 may be the inputs.
+            given: dtypes in place of the inputs'.
             details: further fields of ``Request``.
 
         Raises:
@@ -152,7 +158,7 @@ class Operations:
             kind,
             name,
             shapes=tuple(tuple(int(n) for n in shape) for shape in shapes),
-            dtypes=tuple(str(values.dtype) for values in inputs),
+            dtypes=given or tuple(str(values.dtype) for values in inputs),
             **details,
         )
         asked = Asked(Handle(request), list(inputs), list(outputs or ()))
@@ -167,9 +173,37 @@ class Operations:
                     "tensor, use a different tensor name."
                 )
             self._asked[key] = asked
-            self._new.append(asked)
+            self._new.append(request)
         self._work.set()
         return asked.handle
+
+    def step(self, key: str) -> None:
+        """Count one step of the optimizer with this key; cheap while nobody has joined.
+
+        Call it when this rank's part of the step can no longer be taken back, and before waiting
+        for any other rank's.
+        """
+        report = self._steps.add(key)
+        if self._watched:
+            self._new.append(report)
+            self._work.set()
+
+    def join(self, follow: Callable[[str], None]) -> tuple[int, ...]:
+        """Say that this rank is out of data; returns once all ranks have said so.
+
+        Args:
+            follow: repeats one step of the optimizer with the given key, which calls ``step``.
+
+        Returns:
+            All ranks, in the order in which they joined.
+        """
+        report = self._steps.report("join")
+        handle = self.submit("join", "join", splits=report.splits, given=report.dtypes)
+        while (key := self._followed.get()) is not None:
+            follow(key)
+        handle.wait()
+        assert handle.response is not None
+        return handle.response.rows[0]
 
     def close(self) -> None:
         """Wait until all ranks close, then end the thread; what is under way fails."""
@@ -191,10 +225,10 @@ class Operations:
             log.exception("gossip_hvd: rank %d: a world-wide operation failed", self.rank)
             self._end(error)
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         """For how long to sleep when this rank has asked for nothing."""
         if self._coordinator is None:
-            return None
+            return WATCH
         apart = any(0 not in ranks for ranks in self._coordinator.sets.values())
         return LONG_PAUSE if apart or not self._coordinator.idle else WATCH
 
@@ -204,7 +238,7 @@ class Operations:
         while self._ended is None:
             if self._announce() | self._coordinate() | self._obey():
                 last = time.monotonic()
-            if not self._asked:
+            if not self._asked and not self._new:
                 return
             waited = time.monotonic() - last
             if waited > SPIN:
@@ -217,7 +251,7 @@ class Operations:
         """Tell the coordinator what has been asked for since the last look."""
         requests = []
         while self._new:
-            requests.append(self._new.popleft().handle.request)
+            requests.append(self._new.popleft())
         if requests:
             if self._coordinator is not None:
                 self._coordinator.announce(0, requests, time.monotonic())
@@ -253,12 +287,27 @@ class Operations:
         else:
             letter = self._post.receive()
             responses = [] if letter is None else decode_responses(letter[1])
+        moved = bool(responses)
+        for response in responses:
+            self._note(response)
+        responses = [one for one in responses if one.request.kind not in ("steps", "watch")]
         for batch in self._executor.batches(responses):
             mine = [self._take(response) for response in batch]
             self._executor.run(batch, mine)
+            if batch[0].request.kind == "join":
+                self._watched = False
+                self._followed.put(None)
             if batch[0].request.kind == "shutdown":
                 self._end(OperationError(SHUT_DOWN))
-        return bool(responses)
+        return moved
+
+    def _note(self, response: Response) -> None:
+        """What concerns ranks that are out of data."""
+        if response.request.kind == "watch":
+            self._watched = True
+            self._new.append(self._steps.report("steps"))
+        elif response.request.kind == "steps":
+            self._followed.put(response.request.name)
 
     def _take(self, response: Response) -> Asked | None:
         """What this rank asked for under a response's name; None where it has joined."""
@@ -271,5 +320,6 @@ class Operations:
             self._ended = error
             left = list(self._asked.values())
             self._asked.clear()
+        self._followed.put(None)
         for asked in left:
             asked.handle.fail(OperationError(str(error)))

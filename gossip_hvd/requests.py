@@ -24,8 +24,10 @@ KINDS = (
     "add_process_set",
     "remove_process_set",
     "shutdown",
+    "steps",
+    "watch",
 )
-"""The operations; those after ``alltoall`` carry no tensors."""
+"""The operations; those after ``alltoall`` carry no tensors. See ``joining`` for the last two."""
 
 OPS = ("sum", "average", "min", "max", "product")
 """The reductions."""
@@ -48,7 +50,9 @@ class Request:
         prescale: factor before a reduction.
         postscale: factor after it.
         splits: for ``alltoall``, rows to each rank; for ``add_process_set``, its world ranks; for
-            ``remove_process_set``, its number. Empty splits of an alltoall mean equal ones.
+            ``remove_process_set``, its number; for ``join`` and ``steps`` the position of the
+            first of the steps that ``dtypes`` then names. Empty splits of an alltoall mean equal
+            ones.
     """
 
     kind: str

@@ -50,9 +50,11 @@ class Rank:
 
 
 def main(folder: Path) -> None:
+    todo = json.loads((folder / "todo.json").read_text())
+    # Before MPI: TensorFlow brings a hwloc of its own, and one process can have one only.
+    importlib.import_module(ADAPTERS[Job(**todo[0]["job"]).adapter][0])
     MPI = mpi.start()
     comm = MPI.COMM_WORLD.Dup()
-    todo = json.loads((folder / "todo.json").read_text())
     with (folder / f"rank{comm.Get_rank()}.jsonl").open("a") as log:
         for entry in todo:
             faulthandler.dump_traceback_later(PATIENCE, exit=True)
@@ -76,8 +78,7 @@ def run(entry: dict[str, Any], comm: Any) -> str:
     start_afresh(job.adapter)
     try:
         if not test.bare:
-            adapter = importlib.import_module(ADAPTERS[job.adapter][0])
-            adapter.init(horovod_scope=job.scope, node_size=job.node_size)
+            importlib.import_module(ADAPTERS[job.adapter][0]).init(horovod_scope=job.scope, node_size=job.node_size)
         test.body(Rank(job, comm))
         session.shutdown()
     except BaseException:

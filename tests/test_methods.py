@@ -57,6 +57,7 @@ from gossip_hvd.topology import (
     Ring,
     Rotated,
     Topology,
+    Unfair,
 )
 
 SEED = 7
@@ -216,10 +217,10 @@ def test_every_registered_method_has_a_row() -> None:
 # Running a row ---------------------------------------------------------------------------------
 
 
-def sgd(rate: float) -> Callable[[Mapping[str, Any]], None]:
+def sgd(rate: float, mu: float = MU) -> Callable[[Mapping[str, Any]], None]:
     def step(slots: Mapping[str, Any]) -> None:
         v = slots[MOMENTUM]
-        v[...] = MU * v + slots[GRADIENTS]
+        v[...] = mu * v + slots[GRADIENTS]
         slots[WEIGHTS][...] -= rate * v
 
     return step
@@ -573,6 +574,20 @@ def test_two_nodes_of_crossover_and_ceca_are_exact() -> None:
         np.testing.assert_allclose(X[0], X[1], rtol=1e-13)
 
 
+@pytest.mark.parametrize("timing", ["atc", "awc"])
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_the_ablation_without_fairness_is_the_dense_one_too(timing: str, n: int) -> None:
+    """Row-stochastic: nodes that nobody chose only receive, and still merge what they had sent."""
+    row, task = Row(Crossover("unfair"), dense(R.Gossip, Unfair())), Quadratic.draw(n, 1.0)
+    sim = simulation(row, n, timing)
+    known = row.dense(sim.nodes(), mu=MU, awc=timing == "awc")
+    for t in range(STEPS):
+        known.rate = rate_at(t)
+        train(sim, row, task, t)
+        known.step(task.rows)
+        np.testing.assert_allclose(sim.nodes(), known.model(), rtol=1e-11, atol=1e-12)
+
+
 # What single methods promise -------------------------------------------------------------------
 
 
@@ -644,23 +659,16 @@ def test_gradient_gossip_drifts_and_weight_gossip_does_not() -> None:
 
 
 def test_decentlam_takes_the_bias_of_momentum_away() -> None:
-    """At a constant rate local momentum ends further from the optimum of the mean."""
-    global MU
-    n, task = 8, Quadratic.draw(8, 1.0)
-    task.h = np.random.default_rng(9).uniform(0.5, 1.5, (n, COLUMNS))
-    task.of = lambda node, x: task.h[node] * (x - task.b[node])  # type: ignore[method-assign]
-    best = (task.h * task.b).sum(axis=0) / task.h.sum(axis=0)
+    """At a constant rate, nodes of different curvature: local momentum ends further off."""
+    n, random = 8, np.random.default_rng(9)
+    b, h = random.normal(size=(n, COLUMNS)), random.uniform(0.5, 1.5, (n, COLUMNS))
+    best = (h * b).sum(axis=0) / h.sum(axis=0)
     errors = {}
-    before, MU = MU, 0.9
-    try:
-        for method in (Gossip("ring"), DecentLaM()):
-            row = Row(method, dense(R.Dense))
-            sim = simulation(row, n, "atc")
-            for t in range(150):
-                train(sim, row, task, t, 0.05)
-            errors[method.name] = np.abs(sim.nodes() - best).mean()
-    finally:
-        MU = before
+    for method in (Gossip("ring"), DecentLaM()):
+        sim = simulation(Row(method, dense(R.Dense)), n, "atc")
+        for _ in range(150):
+            sim.train(lambda node, x: h[node] * (x - b[node]), sgd(0.05, mu=0.9), 0.05)
+        errors[method.name] = np.abs(sim.nodes() - best).mean()
     assert errors["decentlam"] < 0.5 * errors["gossip"]
 
 

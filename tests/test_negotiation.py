@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gossip_hvd.joining import Steps
 from gossip_hvd.mixing import dtype_of
 from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
 from gossip_hvd.reductions import combine, neutral, scale
@@ -107,17 +108,44 @@ def test_a_stalled_name_is_warned_about_then_fails_also_for_those_who_come_late(
 def test_who_has_joined_is_not_waited_for() -> None:
     coordinator = Coordinator(3, limit=10)
     coordinator.announce(0, [wanted("x")], 0)
-    coordinator.announce(1, [Request("join", "join")], 0)
+    coordinator.announce(1, [Request("join", "join", splits=(1,))], 0)
     coordinator.announce(2, [wanted("x")], 0)
     (response,) = coordinator.outgoing[1]
     assert response.joined == (1,)
     assert response.request.shapes == ((2, 3),)
     coordinator.outgoing[1].clear()
-    coordinator.announce(2, [Request("join", "join")], 0)
+    coordinator.announce(2, [Request("join", "join", splits=(1,))], 0)
     coordinator.announce(0, [wanted("t", "alltoall", shapes=((3, 2),))], 0)
     assert "not supported with Join" in told(coordinator, 0)[-1][1]
-    coordinator.announce(0, [Request("join", "join")], 0)
-    assert coordinator.outgoing[1][-1].rows == ((0,),), "the rank that joined last"
+    coordinator.announce(0, [Request("join", "join", splits=(1,))], 0)
+    assert coordinator.outgoing[1][-1].rows == ((1, 2, 0),), "ranks in the order of joining"
+
+
+def followed(coordinator: Coordinator, rank: int) -> list[str]:
+    responses = coordinator.outgoing[rank]
+    names = [r.request.name for r in responses if r.request.kind in ("steps", "watch")]
+    coordinator.outgoing[rank].clear()
+    return names
+
+
+def test_who_has_joined_follows_every_step_of_the_others() -> None:
+    steps = [Steps() for _ in range(3)]
+    coordinator = Coordinator(3, limit=10)
+    for rank, count in enumerate((2, 3, 3)):
+        for i in range(count):
+            steps[rank].add("dg"[i % 2])
+    coordinator.announce(0, [steps[0].report("join")], 0)
+    assert followed(coordinator, 0) == []
+    assert followed(coordinator, 1) == followed(coordinator, 2) == ["watch"]
+    coordinator.announce(1, [steps[1].report("steps")], 0)
+    coordinator.announce(2, [steps[2].report("steps")], 0)
+    assert followed(coordinator, 0) == ["d"]
+    coordinator.announce(2, [steps[2].add("g")], 0)
+    coordinator.announce(1, [steps[1].report("join")], 0)
+    assert followed(coordinator, 0) == followed(coordinator, 1) == ["g"]
+    coordinator.announce(2, [steps[2].report("join")], 0)
+    for rank in range(3):
+        assert coordinator.outgoing[rank][-1].rows == ((0, 1, 2),)
 
 
 def test_who_leaves_fails_what_waits_for_it() -> None:
@@ -151,7 +179,7 @@ def test_process_sets_are_numbered_and_duplicates_refused() -> None:
 
 
 def test_letters_arrive_as_they_were_sent() -> None:
-    requests = [wanted("ä", "alltoall", splits=(1, 1)), Request("join", "join")]
+    requests = [wanted("ä", "alltoall", splits=(1, 1)), Request("join", "join", splits=(1,))]
     assert list(decode_requests(encode_requests(requests))) == requests
     coordinator = Coordinator(1, limit=10)
     coordinator.announce(0, requests, 0)

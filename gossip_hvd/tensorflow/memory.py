@@ -85,11 +85,13 @@ class TensorFlowMemory:
         for slot in slots:
             if slot in self._current:
                 continue
-            for place, source in self._sources(slot):
-                if source is None:
-                    place[...] = 0
-                else:
-                    np.copyto(place, source)
+            # The caller may be tracing a graph; variables are read now all the same.
+            with tf.init_scope():
+                for place, source in self._sources(slot):
+                    if source is None:
+                        place[...] = 0
+                    else:
+                        np.copyto(place, source)
             if slot in self._lent:
                 self._current.add(slot)
 
@@ -99,9 +101,9 @@ class TensorFlowMemory:
             if slot in self._lent:
                 self._changed.add(slot)
                 continue
-            for variable, place in zip(self._variables[slot], self._places[slot], strict=True):
-                if variable is not None:
-                    variable.assign(_apart(place))
+            with tf.init_scope():
+                for i, variable in self.variables(slot).items():
+                    variable.assign(_apart(self._places[slot][i]))
 
     def variables(self, slot: str) -> dict[int, Any]:
         """TensorFlow's variables of a slot, by position in the layout."""

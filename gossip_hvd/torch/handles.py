@@ -93,7 +93,8 @@ def begin(
         ValueError: for a tensor that cannot travel, or a process set without this rank.
     """
     inside = horovod_set(process_set)
-    sources = [staged(tensor, for_horovod=inside is not None) for tensor in tensors]
+    how = {"for_horovod": inside is not None, "reducing": "op" in details}
+    sources = [staged(tensor, **how) for tensor in tensors]
     if inside is not None:
         apart = isinstance(process_set, NodeProcessSet) and session.current().scope == "node"
         if kind == "broadcast" and apart:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ from gossip_hvd.options import EngineOptions
 from gossip_hvd.segments import Layout
 from gossip_hvd.settings import setting
 from gossip_hvd.torch.memory import TorchMemory, field_of
-from gossip_hvd.torch.process_sets import is_world
+from gossip_hvd.torch.handles import begin
+from gossip_hvd.torch.process_sets import is_world, node_process_set
 from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions
 
 
@@ -128,7 +130,8 @@ class TorchGossip(Gossip):
         if self.delegated:
             process_set, scale = horovod.global_process_set, 1.0
         self._reduction = NodeReduction(
-            named, reduction, process_set, scale, self.key, self._at_end_of_backward
+            named, reduction, process_set, scale, self.key, self._at_end_of_backward,
+            self._at_begin_of_reduction
         )
         self._attach(optimizer)
 
@@ -139,6 +142,30 @@ class TorchGossip(Gossip):
     def trains(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter is gossiped."""
         return any(p is parameter and p.requires_grad for _, p in self._named)
+
+    def follow(self) -> None:
+        """Repeat a step of ranks that still have data, with gradients of zero; see ``join``."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._reduction.follow()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def equalize(self, root: int) -> None:
+        """Take the weights of one rank of this node; its ranks all must call.
+
+        Args:
+            root: its world rank.
+        """
+        begun = [
+            begin("broadcast", [p], f"{self.key}.{name}", node_process_set(), inplace=True, root=root)
+            for name, p in self._named
+        ]
+        for handle in begun:
+            handle.synchronize()
+
+    def _at_begin_of_reduction(self) -> None:
+        self.session.operations.step(self.key)
 
     def _at_end_of_backward(self) -> None:
         if self._trained != [p.requires_grad for _, p in self._named]:
@@ -178,6 +205,7 @@ class TorchGossip(Gossip):
         self._build()
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
         optimizer.gossip = self  # type: ignore[attr-defined]
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)

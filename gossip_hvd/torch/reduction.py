@@ -45,6 +45,7 @@ class NodeReduction:
         scale: what every averaged gradient is multiplied by (see ``Cluster.gradient_scale``).
         prefix: makes operation names unique among optimizers.
         completed: called at the end of each backward that completed a reduction.
+        begun: called when this rank's part of a reduction is under way, before any wait.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class NodeReduction:
         scale: float,
         prefix: str,
         completed: Callable[[], None],
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.options, self._process_set, self._scale = options, process_set, scale
         self.passes = options.backward_passes_per_step
-        self._prefix, self._completed = prefix, completed
+        self._prefix, self._completed, self._begun = prefix, completed, begun
         self._bundles = _bundles(named, options.groups)
         self._bundle_of = {id(p): b for b in self._bundles for _, p in b.members}
         self._hooked: dict[int, Any] = {}
@@ -83,6 +85,14 @@ class NodeReduction:
         for hook in self._hooked.values():
             hook.remove()
         self._hooked.clear()
+
+    def follow(self) -> None:
+        """Take part in one reduction without data: with gradients of zero."""
+        for parameter in self.parameters:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        self._done_passes = self.passes - 1
+        self._at_end_of_backward()
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         backward = torch._C._current_graph_task_id()
@@ -109,6 +119,7 @@ class NodeReduction:
         for bundle in waiting:
             if bundle.launched is None:
                 self._launch(bundle)
+        self._begun()
         for bundle in waiting:
             self._finish(bundle)
         self._completed()

@@ -30,13 +30,19 @@ FOR_HOROVOD = {torch.bfloat16: torch.float32, torch.bool: torch.uint8}
 """What travels in place of a dtype that Horovod does not know."""
 
 
-def staged(tensor: torch.Tensor, *, for_horovod: bool) -> torch.Tensor:
+SMALL_INTEGERS = {torch.uint8, torch.int8, torch.int16}
+
+
+def staged(
+    tensor: torch.Tensor, *, for_horovod: bool = False, reducing: bool = False
+) -> torch.Tensor:
     """The tensor itself where it can travel as it is, else a copy that can.
 
     Args:
         tensor: any dense tensor.
         for_horovod: Horovod takes any device but no bfloat16, truth values or complex numbers;
             MPI takes the host's memory.
+        reducing: Horovod reduces no integers of less than 32 bits.
 
     Raises:
         ValueError: for a dtype that cannot travel.
@@ -48,7 +54,9 @@ def staged(tensor: torch.Tensor, *, for_horovod: bool) -> torch.Tensor:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if for_horovod:
         tensor = tensor.to(FOR_HOROVOD.get(tensor.dtype, tensor.dtype))
-    if not for_horovod:
+        if reducing and tensor.dtype in SMALL_INTEGERS:
+            tensor = tensor.int()
+    else:
         tensor = tensor.cpu()
     return tensor.resolve_neg().contiguous()
 

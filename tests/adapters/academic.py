@@ -152,4 +152,5 @@ def assert_nodes_equal(me: Rank, model: torch.nn.Module) -> None:
 
 def vector(model: torch.nn.Module) -> torch.Tensor:
     """All weights end to end, in double precision."""
-    return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
+    real = [torch.view_as_real(p) if p.is_complex() else p for p in model.parameters()]
+    return torch.cat([p.detach().double().reshape(-1) for p in real])

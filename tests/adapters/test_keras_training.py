@@ -321,11 +321,11 @@ def test_mixed_bfloat16_and_bfloat16_weights(me: Rank) -> None:
 
 @on_ranks(on(BOTH, [Job(2, "node", 2)]))
 def test_a_model_that_is_mixed_alone_says_how_to_distribute_it(me: Rank) -> None:
-    model = network(dtype="mixed_float16")
-    functional = keras.Model(model.inputs, model.outputs)
-    functional.dtype_policy = keras.DTypePolicy("mixed_float16")
+    keras.config.set_dtype_policy("mixed_float16")
+    model = network()
+    keras.config.set_dtype_policy("float32")
     with pytest.raises(ConfigError, match="LossScaleOptimizer"):
-        compiled(sgd(), functional)
+        compiled(sgd(), model)
 
 
 @on_ranks(TENSORFLOW)

@@ -500,23 +500,6 @@ def test_parameters_unfrozen_and_frozen_later(me: Rank) -> None:
         assert optimizer.gossip.round == (7 if len(me.nodes) > 1 else 0)
 
 
-@on_ranks(TWO_BY_TWO)
-def test_a_parameter_unfrozen_on_one_rank_only_is_said(me: Rank) -> None:
-    model = mlp()
-    model[0].weight.requires_grad_(False)
-    optimizer = wrapped(model, method="gossip")
-    plain(model, optimizer, *batch(me.rank, 0, torch.float64, 5, 3))
-    if me.rank == 3:
-        model[0].weight.requires_grad_(True)
-    try:
-        plain(model, optimizer, *batch(me.rank, 1, torch.float64, 5, 3))
-    except (hvd.ConfigError, hvd.StallError) as error:
-        said = str(error)
-    else:
-        said = ""
-    assert any(me.gather(said)), "training went on with different models"
-
-
 @on_ranks(FEW)
 def test_several_optimizers(me: Rank) -> None:
     """As a GAN: one's backward runs through the other's parameters."""
