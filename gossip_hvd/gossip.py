@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from gossip_hvd.agreement import require_agreement
 from gossip_hvd.engine import Engine
@@ -151,6 +151,15 @@ class Gossip:
         # Not the method itself: a model that nobody uses any more must be free to go.
         close = weakref.WeakMethod(self.close)
         current.closers.append(lambda: (alive := close()) and alive())
+
+    def learn(self, rates: Sequence[float]) -> None:
+        """Before ``reduced``, where the method needs it: the learning rate of every field."""
+        self.engine.learn(rates)
+
+    def stepping(self) -> None:
+        """Directly before the local step."""
+        if not self.delegated and not self.engine.alone:
+            self.engine.before_step()
 
     def reduced(self) -> None:
         """At the end of a backward whose gradients have been averaged over the node."""

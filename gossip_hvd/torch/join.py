@@ -20,6 +20,7 @@ from gossip_hvd.torch.process_sets import (
     ProcessSet,
     global_process_set,
     horovod_set,
+    node_process_set,
     number_of,
 )
 
@@ -40,6 +41,8 @@ def join(device: int = -1) -> int:
     Until then this rank follows the optimizer steps of the others, and takes part in their
     world-wide operations with values that change nothing. At the end every rank has made equally
     many steps, and the ranks of a node have the weights of the one of them that joined last.
+    Where Horovod reduces gradients over the world itself, Horovod's own ``join`` does the same,
+    but that joined ranks make no steps; afterwards all have the last one's weights.
 
     Args:
         device: Horovod's argument.
@@ -49,7 +52,12 @@ def join(device: int = -1) -> int:
     """
     current = session.current()
     if _is_horovods():
-        return int(horovod.join(device))
+        last = int(horovod.join(device))
+        # Horovod leaves every rank with the weights of its own last step.
+        for gossip in running():
+            if isinstance(gossip, TorchGossip):
+                gossip.equalize(last, global_process_set)
+        return last
     horovods = _join_horovod(device) if current.scope == "world" else None
     gossips = {gossip.key: gossip for gossip in running() if isinstance(gossip, TorchGossip)}
     order = current.operations.join(lambda key: gossips[key].follow())
@@ -58,7 +66,9 @@ def join(device: int = -1) -> int:
     for gossip in gossips.values():
         gossip.drain()
         if len(current.node_ranks) > 1:
-            gossip.equalize([rank for rank in order if rank in current.node_ranks][-1])
+            gossip.equalize(
+                [rank for rank in order if rank in current.node_ranks][-1], node_process_set()
+            )
     return order[-1]
 
 

@@ -50,7 +50,8 @@ class TorchMemory:
         layout: of the parameters.
         parameters: in the layout's order.
         slots: which payload slots to hold, weights included.
-        momentum: finds a parameter's momentum buffer, for the slot ``"momentum"``.
+        history: finds a parameter's buffer in the optimizer, for the slots ``"momentum"`` and
+            ``"variance"``; None where there is none yet, which counts as zeros.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class TorchMemory:
         layout: Layout,
         parameters: Sequence[torch.Tensor],
         slots: Iterable[str] = (WEIGHTS,),
-        momentum: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+        history: Callable[[str, torch.Tensor], torch.Tensor | None] | None = None,
     ) -> None:
-        self._layout, self._parameters, self._momentum = layout, list(parameters), momentum
+        self._layout, self._parameters, self._history = layout, list(parameters), history
         self._flat: dict[str, torch.Tensor] = {}
         self._bytes: dict[str, Bytes] = {}
         self._places: dict[str, list[torch.Tensor]] = {}
@@ -109,7 +110,7 @@ class TorchMemory:
     def _tensor(self, slot: str, parameter: torch.Tensor) -> torch.Tensor | None:
         if slot == GRADIENTS:
             return parameter.grad
-        return None if self._momentum is None else self._momentum(parameter)
+        return None if self._history is None else self._history(slot, parameter)
 
     def _adopt(self, parameter: torch.Tensor, place: torch.Tensor) -> None:
         """Copy a parameter into its place, and let it live there from now on if it can."""

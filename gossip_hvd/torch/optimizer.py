@@ -23,12 +23,16 @@ from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import Gossip
 from gossip_hvd.methods import Method, method_of
 from gossip_hvd.options import EngineOptions
+from gossip_hvd.rounds import MOMENTUM, VARIANCE
 from gossip_hvd.segments import Layout
 from gossip_hvd.settings import setting
-from gossip_hvd.torch.memory import TorchMemory, field_of
 from gossip_hvd.torch.handles import begin
-from gossip_hvd.torch.process_sets import is_world, node_process_set
+from gossip_hvd.torch.memory import TorchMemory, field_of
+from gossip_hvd.torch.process_sets import is_world
 from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions
+
+HISTORY = {MOMENTUM: ("momentum_buffer", "exp_avg"), VARIANCE: ("exp_avg_sq",)}
+"""Where PyTorch's optimizers keep a payload slot's values."""
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -121,7 +125,9 @@ class TorchGossip(Gossip):
         }
         for name, p in named:
             facts[f"parameter {name!r}"] = f"{tuple(p.shape)} {p.dtype} grad={p.requires_grad}"
-        super().__init__(current, method, options, facts)
+        kind = type(optimizer).__name__
+        super().__init__(current, method.fitted(kind), options, {"optimizer": kind, **facts})
+        self._optimizer = weakref.ref(optimizer)
         self._named, self._segments = list(named), segments
         self._depth = 0
         self._build()
@@ -130,18 +136,37 @@ class TorchGossip(Gossip):
         if self.delegated:
             process_set, scale = horovod.global_process_set, 1.0
         self._reduction = NodeReduction(
-            named, reduction, process_set, scale, self.key, self._at_end_of_backward,
-            self._at_begin_of_reduction
+            named,
+            reduction,
+            process_set,
+            scale,
+            self.key,
+            self._at_end_of_backward,
+            self._at_begin_of_reduction,
         )
         self._attach(optimizer)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
-        """Tell methods that adapt to it the loss of this step."""
-        self.engine.loss = float(loss)
+        """Tell a method that adapts to it the loss of this step, before ``backward``.
+
+        The mean over the node is taken, so all ranks of a node must call.
+        """
+        if not self.method.needs_loss:
+            return
+        value = torch.as_tensor(loss, dtype=torch.float64).detach().to("cpu", copy=True)
+        process_set = self.session.process_sets["torch"]
+        if process_set is not None:
+            name = f"{self.key}.loss"
+            value = horovod.allreduce(value, name=name, process_set=process_set)
+        self.engine.loss = float(value)
 
     def trains(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter is gossiped."""
         return any(p is parameter and p.requires_grad for _, p in self._named)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, backward passes accumulate gradients without averaging them, as in DDP."""
+        return self._reduction.paused()
 
     def follow(self) -> None:
         """Repeat a step of ranks that still have data, with gradients of zero; see ``join``."""
@@ -151,14 +176,15 @@ class TorchGossip(Gossip):
             optimizer.step()
             optimizer.zero_grad()
 
-    def equalize(self, root: int) -> None:
-        """Take the weights of one rank of this node; its ranks all must call.
+    def equalize(self, root: int, members: Any) -> None:
+        """Take the weights of one rank; all of its process set must call.
 
         Args:
             root: its world rank.
+            members: the process set.
         """
         begun = [
-            begin("broadcast", [p], f"{self.key}.{name}", node_process_set(), inplace=True, root=root)
+            begin("broadcast", [p], f"{self.key}.{name}", members, inplace=True, root=root)
             for name, p in self._named
         ]
         for handle in begun:
@@ -170,10 +196,37 @@ class TorchGossip(Gossip):
     def _at_end_of_backward(self) -> None:
         if self._trained != [p.requires_grad for _, p in self._named]:
             self._rebuild()
+        if self.method.needs_rate:
+            self.learn(self._rates())
         self.reduced()
 
-    def _before_step(self, *_: Any) -> None:
+    def _rates(self) -> list[float]:
+        """The learning rate of every field."""
+        groups = self._live().param_groups
+        by_id = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        by_name = {name: by_id[id(p)] for name, p in self._named}
+        return [by_name[field.name] for field in self.layout.fields]
+
+    def _history(self, slot: str, parameter: torch.Tensor) -> torch.Tensor | None:
+        """The optimizer's own buffer of a parameter, once there is one."""
+        state = self._live().state.get(parameter, {})
+        return next((state[name] for name in HISTORY[slot] if state.get(name) is not None), None)
+
+    def _live(self) -> torch.optim.Optimizer:
+        optimizer = self._optimizer()
+        assert optimizer is not None, "its hooks cannot outlive an optimizer"
+        return optimizer
+
+    def _before_step(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None and "before_step" in self.method.hooks:
+            raise ConfigError(
+                f"method {self.method.name!r} prepares weights and gradients before the step, so "
+                "step(closure) cannot compute gradients inside it: call backward() before step()."
+            )
         self._depth += 1
+        if self._depth == 1:
+            self.stepping()
 
     def _after_step(self, *_: Any) -> None:
         # Wrapper classes whose step calls another class's step fire these hooks twice.
@@ -189,7 +242,7 @@ class TorchGossip(Gossip):
         layout = _layout(trained, self._segments)
         by_name = dict(trained)
         parameters = [by_name[field.name] for field in layout.fields]
-        self._memory = TorchMemory(layout, parameters, self.slots)
+        self._memory = TorchMemory(layout, parameters, self.slots, self._history)
         self.build(layout, self._memory)
         self._trained = [p.requires_grad for _, p in self._named]
 
@@ -205,7 +258,6 @@ class TorchGossip(Gossip):
         self._build()
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
         optimizer.gossip = self  # type: ignore[attr-defined]
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +87,16 @@ class NodeReduction:
         for hook in self._hooked.values():
             hook.remove()
         self._hooked.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Backward passes inside accumulate gradients and count for nothing else."""
+        passes, done = self.passes, self._done_passes
+        self.passes = sys.maxsize
+        try:
+            yield
+        finally:
+            self.passes, self._done_passes = passes, done
 
     def follow(self) -> None:
         """Take part in one reduction without data: with gradients of zero."""
