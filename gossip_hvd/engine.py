@@ -106,6 +106,11 @@ class Engine:
         self._stepping = max(0, self.number + self.owed - 1)
         self._hook("before_step")
 
+    def poll(self) -> None:
+        """Move the exchange in flight a little, where no thread does."""
+        if self._flying is not None and isinstance(self._progress, CallerProgress):
+            self._progress.arrived(self._flying)
+
     def step(self) -> Steps:
         """After a local step, or a reduction, or where one was skipped: run what is owed."""
         self._hook("after_step")

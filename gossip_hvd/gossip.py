@@ -136,13 +136,14 @@ class Gossip:
             record=self._record,
         )
         late = self.options.timing == "awc" and len(current.cluster.nodes) > 1
+        threaded = late and self.options.progress != "hooks"
         self.engine = Engine(
             seat,
             self.method,
             seed=self.options.seed,
             timing=self.options.timing,
             staleness=self.options.staleness,
-            progress=ThreadProgress() if late else None,
+            progress=ThreadProgress() if threaded else None,
         )
         if before is not None:
             self.engine.resume(before)
@@ -155,6 +156,10 @@ class Gossip:
     def learn(self, rates: Sequence[float]) -> None:
         """Before ``reduced``, where the method needs it: the learning rate of every field."""
         self.engine.learn(rates)
+
+    def poll(self) -> None:
+        """From a hook: move the exchange in flight a little, where no thread does."""
+        self.engine.poll()
 
     def stepping(self) -> None:
         """Directly before the local step."""

@@ -10,6 +10,7 @@ from gossip_hvd.segments import ALIGN, LARGEST_MESSAGE
 from gossip_hvd.settings import setting
 
 TIMINGS = ("atc", "awc")
+PROGRESS = ("auto", "thread", "hooks")
 WIRE_DTYPES = (None, "bfloat16", "float16")
 
 
@@ -26,6 +27,8 @@ class EngineOptions:
             the mean over nodes stays exact.
         chunk_bytes: the largest message.
         window: messages that a rank sends at once; None for all.
+        progress: who moves bytes while the model computes: ``"thread"``, or ``"hooks"``, which
+            poll at every gradient and spare the thread; ``"auto"`` is the thread.
     """
 
     seed: int = 0
@@ -34,6 +37,7 @@ class EngineOptions:
     wire_dtype: str | None = None
     chunk_bytes: int = LARGEST_MESSAGE
     window: int | None = None
+    progress: str = "auto"
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> EngineOptions:
@@ -49,6 +53,8 @@ class EngineOptions:
             raise unknown("timing", made.timing, TIMINGS)
         if made.wire_dtype not in WIRE_DTYPES:
             raise unknown("wire_dtype", made.wire_dtype, [w for w in WIRE_DTYPES if w])
+        if made.progress not in PROGRESS:
+            raise unknown("progress", made.progress, PROGRESS)
         if made.staleness < 0 or (made.staleness and made.timing != "awc"):
             raise ConfigError(
                 f"staleness={made.staleness} with timing={made.timing!r}: staleness is 0 or more "

@@ -37,7 +37,7 @@ class Progress(Protocol):
 
 
 class CallerProgress:
-    """Moves a flight whenever the caller asks whether it has arrived."""
+    """Moves a flight whenever the caller asks whether it has arrived, from hooks say."""
 
     def take(self, flight: Flight) -> None:
         """Nothing to prepare."""

@@ -130,6 +130,7 @@ class TorchGossip(Gossip):
         self._optimizer = weakref.ref(optimizer)
         self._named, self._segments = list(named), segments
         self._depth = 0
+        self._polling: dict[int, Any] = {}
         self._build()
         scale = current.cluster.gradient_scale(current.node)
         process_set = current.process_sets["torch"]
@@ -245,6 +246,11 @@ class TorchGossip(Gossip):
         self._memory = TorchMemory(layout, parameters, self.slots, self._history)
         self.build(layout, self._memory)
         self._trained = [p.requires_grad for _, p in self._named]
+        if self.options.progress == "hooks":
+            for parameter in parameters:
+                if id(parameter) not in self._polling:
+                    hook = parameter.register_post_accumulate_grad_hook(lambda _: self.poll())
+                    self._polling[id(parameter)] = hook
 
     def _rebuild(self) -> None:
         """Start again after parameters were frozen or unfrozen; on all ranks at once."""
