@@ -134,7 +134,7 @@ def _each(function: Callable[[torch.Tensor], torch.Tensor], data: Any) -> Any:
 
 @contextmanager
 def _hidden_launcher() -> Iterator[None]:
-    """Without the variables from which Accelerate concludes that it shall start torch.distributed."""
+    """Without the variables that make Accelerate start torch.distributed."""
     hidden = {k: v for k, v in os.environ.items() if k.startswith(LAUNCHERS) or k in PLAIN}
     for key in hidden:
         del os.environ[key]

@@ -23,7 +23,7 @@ def average_parameters(model: torch.nn.Module, *, buffers: bool = False) -> None
     mine = [gossip for gossip in running() if isinstance(gossip, TorchGossip)]
     parameters = list(model.parameters())
     ours = [gossip for gossip in mine if any(gossip.trains(p) for p in parameters)]
-    rest: list[torch.Tensor] = [p for p in parameters if not any(gossip.trains(p) for gossip in ours)]
+    rest: list[torch.Tensor] = [p for p in parameters if not any(g.trains(p) for g in ours)]
     for gossip in ours:
         gossip.average_parameters()
     rest += list(model.buffers()) if buffers else []
