@@ -14,16 +14,19 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 export TF_ENABLE_ONEDNN_OPTS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo demo-keras test lint clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup:  ## make .venv: MPI, frameworks, Horovod; FRAMEWORKS=torch|tensorflow PYTHON=python3.12
 	@python3 tools/setup_env.py --python "$(PYTHON)" --frameworks "$(FRAMEWORKS)"
 
 demo: setup  ## train on a few ranks of this machine and watch the nodes gossip
 	@$(IN_VENV) .venv/bin/python examples/demo.py
+
+demo-keras: setup  ## the same with Keras on TensorFlow
+	@$(IN_VENV) .venv/bin/python examples/demo.py keras_digits.py
 
 test: setup  ## run all tests
 	$(IN_VENV) .venv/bin/python -m pytest $(ARGS)

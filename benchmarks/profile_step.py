@@ -18,9 +18,10 @@ from typing import Any
 
 from benchmarks.race.__main__ import RESULTS
 from benchmarks.race.contenders import CONTENDERS
-from benchmarks.race.launch import Bench, launch
+from benchmarks.race.launch import ROOT, Bench, launch
 from benchmarks.testbed import NAME, NETWORK, Testbed, TestbedError
 
+EVENTS = ROOT / "build" / "profile_step"
 OUT, IN, MIX = "#3b6ea8", "#d98032", "#2e8b57"
 WINDOW = 0.04
 
@@ -190,7 +191,8 @@ def main() -> int:
     bench = Bench(hosts=asked.hosts, rate=asked.rate, steps=asked.step + 3)
     RESULTS.mkdir(parents=True, exist_ok=True)
     names = asked.contenders.split(",")
-    files = [RESULTS / f"{asked.save}-{name}.events.json" for name in names]
+    EVENTS.mkdir(parents=True, exist_ok=True)
+    files = [EVENTS / f"{asked.save}-{name}.json" for name in names]
     if not asked.again:
         with Testbed(asked.hosts, asked.rate, name=asked.name, network=asked.network) as bed:
             for name, file in zip(names, files, strict=True):

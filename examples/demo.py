@@ -1,7 +1,8 @@
 """All-reduce and Crossover-SGD on four ranks of this machine, over three seeds, in one table.
 
-Run by ``make demo``. Starts ``torch_digits.py`` under ``horovodrun`` four times: with either
-method, the ranks as four nodes of one and as two nodes of two. Ends with an error where the
+Run by ``make demo`` with ``torch_digits.py`` and by ``make demo-keras`` with ``keras_digits.py``,
+which it starts under ``horovodrun`` four times: with either method, the ranks as four nodes of one
+and as two nodes of two. Ends with an error where the
 merged model is not as good as it should be.
 """
 
@@ -32,7 +33,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-EXAMPLE = Path(__file__).with_name("torch_digits.py")
+EXAMPLE = Path(__file__).with_name(sys.argv[1] if sys.argv[1:] else "torch_digits.py")
 RANKS = 4
 SEEDS = (0, 1, 2)
 EPOCHS = 10
@@ -51,6 +52,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
 }
 
 # (name, column's title, from the unit of the JSON file to that of the table, its format)

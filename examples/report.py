@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-import gossip_hvd.torch as hvd
+from gossip_hvd import ranks as hvd
+from gossip_hvd import session
 
 BAR = 20
 
@@ -84,7 +84,7 @@ class Training:
 
 def mean_over_ranks(value: float, name: str) -> float:
     """The mean of one number over all ranks, in double precision."""
-    return float(hvd.allreduce(torch.tensor(value, dtype=torch.float64), name=name))
+    return float(session.current().world.sum([value], name)[0] / hvd.size())
 
 
 def results(training: Training, gossip: Any, distance: float, sent: int, **quality: float) -> dict:

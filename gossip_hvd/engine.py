@@ -139,7 +139,7 @@ class Engine:
                 yield from self._settle(merged)
 
     def discard(self) -> Steps:
-        """Run what is owed and in flight, since peers wait for it, and keep the weights as they are.
+        """Run what is owed and in flight, since peers wait for it; keep the weights as they are.
 
         For weights that are set from outside.
         """
@@ -164,7 +164,8 @@ class Engine:
 
     def deviation(self, memory: Memory) -> Steps:
         """Replace the weights in ``memory``, a copy of this node's, by their mean over nodes."""
-        assert not self.owed and self._flying is None, "drain first: its memory is in use"
+        assert self._flying is None, "drain first: its memory is in use"
+        assert not self.owed, "drain first: peers wait for a round"
         seat = copy(self.seat)
         seat.memory = memory
         yield from self._mean(seat, WEIGHTS, Method())
@@ -233,15 +234,18 @@ class Engine:
         self.seat.memory.save(self.method.writes)
 
     def _merge(self) -> Generator[Flight, None, Flight | None]:
-        """Wait for the flight under way and merge this rank's share of what it brought."""
+        """Merge this rank's share of the flight under way, cell by cell as it comes."""
         flight = self._flying
         if flight is None:
             return None
-        while not self._progress.arrived(flight):
-            yield flight
+        self._progress.release(flight)
         self._flying = None
         self.seat.memory.load(self.method.writes)
         flight.land()
+        while not flight.merged:
+            flight.poll()
+            if not flight.merged:
+                yield flight
         self._finish(flight)
         return flight
 

@@ -51,7 +51,7 @@ class Flight:
     ) -> None:
         self.seat, self.method, self.state, self.round = seat, method, state, round_
         self.sequence, self.late = sequence, late
-        self.done = False
+        self.done = self._landing = False
         self.notes: dict[int, Array] = {}
         note = method.note(state, round_.number, context or Context())
         self.own_note = np.asarray(note, np.float64)
@@ -75,7 +75,8 @@ class Flight:
                 self._completed(what, message)
         if self._gather is not None:
             self._gather.poll()
-        if self._exchange is not None and self._exchange.done and not self._open and not self.late:
+        complete = self._exchange is not None and self._exchange.done and not self._open
+        if complete and self._mixes:
             self._next_stage()
         if self._exchange is None and (self._gather is None or self._gather.done):
             self.done = True
@@ -88,15 +89,19 @@ class Flight:
             self._exchange.hand_over()
 
     def land(self) -> None:
-        """Merge a late flight that has arrived; the node's gather then needs polling."""
+        """Merge a late flight from now on: what has come at once, the rest as it comes."""
         assert self.late
-        assert self.arrived
-        if not self.round.stages:
+        if self.done or self._landing:
             return
-        self._open_gather()
-        for key in list(self._open):
-            self._mix(key)
-        self._next_stage()
+        self._landing = True
+        if self.round.stages:
+            self._open_gather()
+            self._mix_complete()
+
+    @property
+    def merged(self) -> bool:
+        """True once this rank's own part of the round is mixed; the gather may go on."""
+        return self.done or (self._stage >= len(self.round.stages) and self._mixes)
 
     def outstanding(self) -> list[tuple[str, Message]]:
         """Messages still under way."""
@@ -126,6 +131,10 @@ class Flight:
         )
 
     @property
+    def _mixes(self) -> bool:
+        return self._landing or not self.late
+
+    @property
     def _last(self) -> bool:
         return self._stage == len(self.round.stages) - 1
 
@@ -149,23 +158,30 @@ class Flight:
         self._arrivals: dict[Key, list[tuple[Transfer, Array]]] = {}
         self._sent: dict[Key, Array] = {}
         self._in_place: set[Key] = set()
-        receives = self._receives(stage)
-        sends = self._sends(stage)
-        self._note_messages(stage, receives, sends)
-        if not self.late:
-            for key in [key for key, missing in self._open.items() if not missing]:
-                self._mix(key)
-        if self._last and not self.late:
-            self._open_gather()
+        seat = self.seat
+        going = [
+            (transfer, cell, seat.holder(stage.grid, cell, transfer.peer))
+            for transfer in stage.sends
+            for cell in seat.cells(stage.grid, transfer.unit)
+        ]
+        notes = self._notes_out(stage)
+        receives = [*self._notes_in(stage), *self._receives(stage)]
+        self._count_notes()
+        # Peers learn that they may send before this rank copies what it sends itself.
         self._exchange = Exchange(
-            self.seat.wire,
+            seat.wire,
             self.sequence,
             self._stage,
             receives,
-            sends,
-            window=self.seat.window,
-            record=self.seat.record,
+            [*(m.peer for m in notes), *(peer for _, _, peer in going)],
+            window=seat.window,
+            record=seat.record,
         )
+        self._exchange.send([*notes, *self._sends(stage, going)])
+        if self._mixes:
+            self._mix_complete()
+            if self._last:
+                self._open_gather()
 
     def _receives(self, stage: Stage) -> list[Message]:
         seat = self.seat
@@ -179,13 +195,13 @@ class Flight:
             data = seat.incoming.take(size)[: _travelling(cell, dtype)]
             self._arrivals.setdefault(key, []).append((transfer, data.view(dtype)))
             self._open[key] = self._open.get(key, 0) + 1
-            messages.append(self._message(stage, transfer, cell, data))
+            peer = seat.holder(stage.grid, cell, transfer.peer)
+            messages.append(self._message(transfer, cell, peer, data))
         return messages
 
-    def _sends(self, stage: Stage) -> list[Message]:
+    def _sends(self, stage: Stage, going: list[tuple[Transfer, Cell, int]]) -> list[Message]:
         seat = self.seat
-        wanted = [(t, cell) for t in stage.sends for cell in seat.cells(stage.grid, t.unit)]
-        distinct = {(t.slot, cell.index): cell for t, cell in wanted}
+        distinct = {(t.slot, cell.index): cell for t, cell, _ in going}
         if self.late:  # a late merge needs the snapshot, also of what is only received
             distinct |= {
                 (t.slot, c.index): c for t in stage.receives for c in seat.cells(stage.grid, t.unit)
@@ -196,13 +212,13 @@ class Flight:
             if key not in self._open and key not in self._in_place:
                 self._open[key], self._arrivals[key] = 0, []
         messages = []
-        for transfer, cell in wanted:
+        for transfer, cell, peer in going:
             key = (transfer.slot, cell.index)
             data = self._sent[key].view(np.uint8)
             if key in self._open and key in self._in_place:
                 # Memory that is still being sent may not be mixed into.
                 self._open[key] += 1
-            messages.append(self._message(stage, transfer, cell, data))
+            messages.append(self._message(transfer, cell, peer, data))
         return messages
 
     def _put_out(self, stage: Stage, slot: str, cell: Cell) -> None:
@@ -229,32 +245,40 @@ class Flight:
             ) from None
         self._sent[key] = copy
 
-    def _message(self, stage: Stage, transfer: Transfer, cell: Cell, data: Bytes) -> Message:
+    def _message(self, transfer: Transfer, cell: Cell, peer: int, data: Bytes) -> Message:
         slot = SHARED_SLOTS.index(transfer.slot)
         tag = tag_of("data", self.sequence, self._stage, cell.index, slot)
-        peer = self.seat.holder(stage.grid, cell, transfer.peer)
         return Message(peer, tag, data, (transfer.slot, cell.index), cell.index)
 
-    def _note_messages(self, stage: Stage, receives: list[Message], sends: list[Message]) -> None:
+    def _notes_in(self, stage: Stage) -> list[Message]:
         """Every rank of a node gets the note of each peer node, from the rank opposite it."""
-        if not self.own_note.size:
-            return
         seat, nodes = self.seat, self.seat.cluster.nodes
         tag = tag_of("note", self.sequence, self._stage)
-        for node in dict.fromkeys(t.peer for t in stage.receives):
+        messages = []
+        for node in dict.fromkeys(t.peer for t in stage.receives) if self.own_note.size else ():
             note = self.notes[node] = np.empty_like(self.own_note)
             peer = nodes[node][seat.index % len(nodes[node])]
-            receives.insert(0, Message(peer, tag, note.view(np.uint8), node))
-            for key, arrivals in self._arrivals.items():
-                if any(transfer.peer == node for transfer, _ in arrivals):
-                    self._open[key] += 1
-        for node in dict.fromkeys(t.peer for t in stage.sends):
-            for place, peer in enumerate(nodes[node]):
-                if place % seat.ranks == seat.index:
-                    sends.insert(0, Message(peer, tag, self.own_note.view(np.uint8), None))
+            messages.append(Message(peer, tag, note.view(np.uint8), node))
+        return messages
+
+    def _notes_out(self, stage: Stage) -> list[Message]:
+        """This node's note, to the ranks of peer nodes that this rank is opposite to."""
+        seat, nodes = self.seat, self.seat.cluster.nodes
+        tag = tag_of("note", self.sequence, self._stage)
+        return [
+            Message(peer, tag, self.own_note.view(np.uint8))
+            for node in dict.fromkeys(t.peer for t in stage.sends)
+            for place, peer in enumerate(nodes[node])
+            if self.own_note.size and place % seat.ranks == seat.index
+        ]
+
+    def _count_notes(self) -> None:
+        """A cell is complete only with the notes of the nodes that it comes from."""
+        for key, arrivals in self._arrivals.items():
+            self._open[key] += len({t.peer for t, _ in arrivals} & self.notes.keys())
 
     def _completed(self, what: str, message: Message) -> None:
-        if self.late or message.key is None:
+        if message.key is None:
             return
         if isinstance(message.key, int):  # a note: it opens every cell from that node
             keys = [
@@ -267,8 +291,13 @@ class Flight:
             keys = [message.key] if counts else []
         for key in keys:
             self._open[key] -= 1
-            if self._open[key] == 0:
+            if self._open[key] == 0 and self._mixes:
                 self._mix(key)
+
+    def _mix_complete(self) -> None:
+        """Mix every cell that waits for nothing."""
+        for key in [key for key, missing in self._open.items() if not missing]:
+            self._mix(key)
 
     def _mix(self, key: Key) -> None:
         del self._open[key]

@@ -39,7 +39,9 @@ class Gather:
                     self._mine[grid, slot, cell.index] = cell
                 else:
                     receives.append(self._message(holder, grid, slot, cell))
-        self._exchange = Exchange(seat.wire, sequence, 0, receives, gated=False, record=seat.record)
+        self._exchange = Exchange(
+            seat.wire, sequence, 0, receives, gated=False, record=seat.record
+        )
 
     @property
     def done(self) -> bool:
@@ -54,7 +56,8 @@ class Gather:
         """This rank's cell has its final values: send it to all siblings."""
         cell = self._mine.pop((grid, slot, index), None)
         if cell is not None:
-            self._exchange.send(self._message(rank, grid, slot, cell) for rank in self._seat.siblings)
+            siblings = self._seat.siblings
+            self._exchange.send(self._message(rank, grid, slot, cell) for rank in siblings)
 
     def release_all(self, grid: str | None = None, *, but: set[tuple[str, int]]) -> None:
         """Release every cell, except those of ``grid`` whose (slot, index) is in ``but``."""

@@ -35,7 +35,7 @@ class EngineOptions:
     timing: str = "atc"
     staleness: int = 0
     wire_dtype: str | None = None
-    chunk_bytes: int = LARGEST_MESSAGE
+    chunk_bytes: int = 1 << 20
     window: int | None = None
     progress: str = "auto"
 

@@ -18,9 +18,8 @@ from gossip_hvd.transport import PAUSE
 Steps = Iterator[Flight]
 """An operation under way: each item is the flight it waits for; polled by asking for the next."""
 
-
-LONGEST_PAUSE = 2e-3
-"""Seconds between two polls of a flight in which nothing has completed for a while."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 2e-4, 2e-3
+"""Seconds between two polls: while messages complete, and after none has for a while."""
 
 
 class Progress(Protocol):
@@ -31,6 +30,9 @@ class Progress(Protocol):
 
     def arrived(self, flight: Flight) -> bool:
         """True once ``flight`` may be landed; raises what went wrong under way."""
+
+    def release(self, flight: Flight) -> None:
+        """Let go of ``flight``, arrived or not: the caller polls it from now on."""
 
     def close(self) -> None:
         """Stop."""
@@ -48,6 +50,9 @@ class CallerProgress:
             flight.poll()
         return flight.arrived
 
+    def release(self, flight: Flight) -> None:
+        """Nothing to let go of."""
+
     def close(self) -> None:
         """Nothing to stop."""
 
@@ -60,6 +65,7 @@ class ThreadProgress:
         self._work = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
+        self._asked_back = threading.Event()
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="gossip-progress", daemon=True)
@@ -79,6 +85,15 @@ class ThreadProgress:
             raise self._error
         return done
 
+    def release(self, flight: Flight) -> None:
+        """Stop to poll ``flight``; returns when the thread has."""
+        self._flight = None
+        self._asked_back.set()
+        self._idle.wait()
+        self._asked_back.clear()
+        if self._error is not None:
+            raise self._error
+
     def close(self) -> None:
         """End the thread; a flight under way is left where it is."""
         self._closed = True
@@ -92,20 +107,24 @@ class ThreadProgress:
             if self._closed:
                 return
             try:
-                self._fly(self._flight)
+                self._fly()
             except BaseException as error:
                 self._error = error
             self._flight = None
             self._idle.set()
 
-    def _fly(self, flight: Flight | None) -> None:
-        pause = PAUSE
+    def _fly(self) -> None:
+        """Poll until the flight has arrived or is asked back."""
+        flight, pause = self._flight, SHORTEST_PAUSE
         while flight is not None and not flight.arrived and not self._closed:
             before = flight.seat.record.count
             flight.poll()
+            moved = flight.seat.record.count != before
             # Fast links find something at nearly every poll; slow ones need few polls.
-            pause = PAUSE if flight.seat.record.count != before else min(1.5 * pause, LONGEST_PAUSE)
-            time.sleep(pause)
+            pause = SHORTEST_PAUSE if moved else min(1.5 * pause, LONGEST_PAUSE)
+            if self._flight is None:
+                break
+            self._asked_back.wait(pause)
         if flight is not None:
             flight.hand_over()
 
@@ -120,11 +139,11 @@ def drive(steps: Steps, limit: float) -> None:
     Raises:
         StallError: names rank, round, segment and peer of the first message that is missing.
     """
-    last, since = -1, time.monotonic()
+    last, since, pause = -1, time.monotonic(), 0.0
     for flight in steps:
         count = flight.seat.record.count
         if count != last:
-            last, since = count, time.monotonic()
+            last, since, pause = count, time.monotonic(), 0.0
             continue
         waited = time.monotonic() - since
         if waited > limit:
@@ -133,4 +152,5 @@ def drive(steps: Steps, limit: float) -> None:
                 "training, with the same number of steps? The limit is "
                 "GOSSIP_HVD_STALL_TIMEOUT seconds."
             )
-        time.sleep(0 if waited < PAUSE else PAUSE / 4)
+        time.sleep(pause)
+        pause = min(1.5 * pause + 1e-5, LONGEST_PAUSE / 4)

@@ -59,6 +59,9 @@ class Framework(Protocol):
     name: str
     hvd: Any
 
+    def untraced(self, function: Action) -> Action:
+        """The function, left alone by compilers that cannot see past it."""
+
     def key(self, variable: Any) -> object:
         """What identifies a variable."""
 

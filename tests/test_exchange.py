@@ -17,6 +17,21 @@ from gossip_hvd.transport import Bytes
 from gossip_hvd.transport.exchange import KINDS, SEQUENCES, SLOTS, Exchange, Message, tag_of
 from gossip_hvd.transport.memory import MemoryWire, Switchboard
 
+
+def exchange_of(
+    wire: Any,
+    flight: int,
+    stage: int,
+    receives: list[Message],
+    sends: list[Message] | None = None,
+    **options: Any,
+) -> Exchange:
+    """An exchange that has been given all its sends."""
+    exchange = Exchange(wire, flight, stage, receives, [m.peer for m in sends or []], **options)
+    exchange.send(sends or [])
+    return exchange
+
+
 WORD = tag_of("word", 0, 0)
 
 
@@ -72,7 +87,7 @@ def finish(exchanges: list[Exchange], seed: int, turns: int = 100_000) -> None:
 
 def test_receives_are_posted_before_the_word_is_said() -> None:
     wire = ScriptedWire()
-    Exchange(wire, 0, 0, [Message(1, 8, data()), Message(2, 9, data()), Message(1, 7, data())])
+    exchange_of(wire, 0, 0, [Message(1, 8, data()), Message(2, 9, data()), Message(1, 7, data())])
     assert wire.asked == [
         ("receive", 1, 8),
         ("receive", 2, 9),
@@ -85,7 +100,7 @@ def test_receives_are_posted_before_the_word_is_said() -> None:
 def test_no_data_leaves_before_its_receivers_word() -> None:
     wire = ScriptedWire()
     sends = [Message(1, 8, data()), Message(2, 9, data()), Message(1, 7, data())]
-    exchange = Exchange(wire, 0, 0, [], sends)
+    exchange = exchange_of(wire, 0, 0, [], sends)
     assert wire.asked == [("receive", 1, WORD), ("receive", 2, WORD)]
     assert exchange.poll() == []
     assert [what for what, _ in exchange.outstanding()] == ["word"] * 5
@@ -106,7 +121,9 @@ def test_no_data_leaves_before_its_receivers_word() -> None:
 
 def test_an_ungated_exchange_sends_at_once_and_says_nothing() -> None:
     wire = ScriptedWire()
-    exchange = Exchange(wire, 0, 0, [Message(1, 8, data())], [Message(2, 9, data())], gated=False)
+    exchange = exchange_of(
+        wire, 0, 0, [Message(1, 8, data())], [Message(2, 9, data())], gated=False
+    )
     assert wire.asked == [("receive", 1, 8), ("send", 2, 9)]
     exchange.send([Message(3, 9, data())])
     assert wire.asked[2:] == [("send", 3, 9)]
@@ -116,7 +133,7 @@ def test_an_ungated_exchange_sends_at_once_and_says_nothing() -> None:
 def test_a_window_bounds_how_many_sends_are_under_way(window: int | None) -> None:
     wire = ScriptedWire()
     sends = [Message(peer, tag, data()) for peer in (1, 2) for tag in range(10, 14)]
-    exchange = Exchange(wire, 0, 0, [], sends, window=window)
+    exchange = exchange_of(wire, 0, 0, [], sends, window=window)
     wire.complete("receive", 1, WORD)
     wire.complete("receive", 2, WORD)
     under_way: list[Any] = []
@@ -135,7 +152,7 @@ def test_a_window_bounds_how_many_sends_are_under_way(window: int | None) -> Non
 def test_poll_reports_each_message_once_and_done_comes_last() -> None:
     wire = ScriptedWire()
     comes, goes = Message(1, 8, data(), "in"), Message(2, 9, data(), "out")
-    exchange = Exchange(wire, 0, 0, [comes], [goes])
+    exchange = exchange_of(wire, 0, 0, [comes], [goes])
     wire.complete("receive", 2, WORD)
     assert exchange.poll() == []
     wire.complete("receive", 1, 8)
@@ -152,7 +169,7 @@ def test_poll_reports_each_message_once_and_done_comes_last() -> None:
 
 
 def test_an_exchange_of_nothing_is_done() -> None:
-    exchange = Exchange(ScriptedWire(), 0, 0, [])
+    exchange = exchange_of(ScriptedWire(), 0, 0, [])
     assert exchange.done
     assert exchange.poll() == []
     assert exchange.outstanding() == []
@@ -161,7 +178,7 @@ def test_an_exchange_of_nothing_is_done() -> None:
 def test_events_and_bytes_are_recorded() -> None:
     board, records = Switchboard(2, slowest=0), [Recorder(), Recorder()]
     exchanges = [
-        Exchange(
+        exchange_of(
             board.wire(me),
             5,
             1,
@@ -241,7 +258,7 @@ class TwoStages:
                 sends.append(Message(b, tag, data(size, self.value(a, b, cell, at))))
         self.draw.shuffle(sends)
         wire = StrictWire(me, self.board)
-        return Exchange(wire, 0, at, receives, sends, window=self.window)
+        return exchange_of(wire, 0, at, receives, sends, window=self.window)
 
     def run(self) -> None:
         for _ in range(10_000):
@@ -311,8 +328,8 @@ def test_seeds_decide_the_order_of_delivery() -> None:
 
 def test_lengths_that_differ_are_named() -> None:
     board = Switchboard(2, slowest=0)
-    receiving = Exchange(board.wire(1), 0, 0, [Message(0, 8, data(100))])
-    sending = Exchange(board.wire(0), 0, 0, [], [Message(1, 8, data(99))])
+    receiving = exchange_of(board.wire(1), 0, 0, [Message(0, 8, data(100))])
+    sending = exchange_of(board.wire(0), 0, 0, [], [Message(1, 8, data(99))])
     with pytest.raises(
         PeerLostError, match=r"rank 1 expected 100 bytes from rank 0 \(tag 8\) and got 99"
     ):
@@ -339,7 +356,7 @@ def poll_elsewhere(exchange: Exchange) -> BaseException | None:
 
 
 def test_a_second_thread_may_not_poll() -> None:
-    exchange = Exchange(ScriptedWire(), 0, 0, [Message(1, 8, data())])
+    exchange = exchange_of(ScriptedWire(), 0, 0, [Message(1, 8, data())])
     exchange.poll()
     error = poll_elsewhere(exchange)
     assert isinstance(error, AssertionError)
@@ -348,7 +365,7 @@ def test_a_second_thread_may_not_poll() -> None:
 
 
 def test_an_exchange_changes_hands_when_it_is_handed_over() -> None:
-    exchange = Exchange(ScriptedWire(), 0, 0, [Message(1, 8, data())])
+    exchange = exchange_of(ScriptedWire(), 0, 0, [Message(1, 8, data())])
     exchange.poll()
     exchange.hand_over()
     assert poll_elsewhere(exchange) is None
@@ -358,7 +375,7 @@ def test_an_exchange_changes_hands_when_it_is_handed_over() -> None:
 
 def test_posting_alone_owns_nothing() -> None:
     """The main thread posts; the polling thread is the first to poll."""
-    exchange = Exchange(ScriptedWire(), 0, 0, [Message(1, 8, data())], [Message(1, 8, data())])
+    exchange = exchange_of(ScriptedWire(), 0, 0, [Message(1, 8, data())], [Message(1, 8, data())])
     assert poll_elsewhere(exchange) is None
 
 
@@ -368,7 +385,7 @@ def test_all_subsets_of_completed_transfers_are_followed_up() -> None:
         for together in combinations(range(4), count):
             wire = ScriptedWire()
             messages = [Message(1, tag, data(), tag) for tag in range(4)]
-            exchange = Exchange(wire, 0, 0, messages, gated=False)
+            exchange = exchange_of(wire, 0, 0, messages, gated=False)
             for tag in together:
                 wire.complete("receive", 1, tag)
             assert [m.key for _, m in exchange.poll()] == list(together)

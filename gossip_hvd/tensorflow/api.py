@@ -58,6 +58,7 @@ from gossip_hvd.tensorflow.functions import (
     barrier,
     broadcast_object,
     broadcast_variables,
+    gossip_of,
     join,
 )
 from gossip_hvd.tensorflow.keras.optimizer import DistributedOptimizer
@@ -129,6 +130,7 @@ __all__ = [
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
+    "gossip_of",
     "grouped_allgather",
     "grouped_allreduce",
     "init",

@@ -32,6 +32,11 @@ class TensorFlow:
     name = "tensorflow"
     hvd = horovod
 
+    def untraced(self, function: Action) -> Action:
+        """The function, which AutoGraph leaves as it is; what it does is traced all the same."""
+        plain: Action = tf.autograph.experimental.do_not_convert(function)
+        return plain
+
     def key(self, variable: Any) -> object:
         """What identifies a variable."""
         return native(variable)._unique_id

@@ -10,6 +10,7 @@ import numpy as np
 
 from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
+from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import running
 from gossip_hvd.variables import VariablesGossip
 
@@ -65,6 +66,21 @@ def average_variables(variables: Sequence[Any]) -> None:
         wide = values.astype(np.complex128 if values.dtype.kind == "c" else np.float64, order="C")
         current.world.reduce(wide.reshape(-1), "SUM", "average_variables")
         variable.assign((wide / current.world.size).astype(values.dtype))
+
+
+def gossip_of(variables: Sequence[Any]) -> VariablesGossip:
+    """The gossip that trains these variables: an optimizer's, or a tape's, which has no other name.
+
+    Raises:
+        ConfigError: where there is none, or none yet.
+    """
+    for gossip in reversed(list(running())):
+        if isinstance(gossip, VariablesGossip) and any(gossip.trains(v) for v in variables):
+            return gossip
+    raise ConfigError(
+        "no distributed optimizer or tape trains these variables; it learns of them in its first "
+        "step."
+    )
 
 
 def broadcast_object(

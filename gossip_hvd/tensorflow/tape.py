@@ -94,6 +94,7 @@ class _Distributed:
 
     _make_gossip: Any
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def gradient(self, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
         """The gradients, averaged; the weights of ``sources`` have been mixed when it returns."""
         gradients = super().gradient(target, sources, *args, **kwargs)  # type: ignore[misc]
@@ -114,8 +115,10 @@ _gossips: dict[tuple[object, ...], VariablesGossip] = {}
 def _gossip_of(variables: list[Any], make: Any) -> VariablesGossip:
     """The gossip of these variables; made for the first tape that is asked about them."""
     keys = tuple(map(TensorFlow().key, variables))
+    for key in [k for k, one in _gossips.items() if one.session is not session.current()]:
+        del _gossips[key]
     gossip = _gossips.get(keys)
-    if gossip is None or gossip.session is not session.current():
+    if gossip is None:
         gossip = _gossips[keys] = make()
         gossip.begin([(name_of(v), v) for v in variables], blocks_of)
     return gossip

@@ -97,6 +97,25 @@ class GossipAccelerator(Accelerator):  # type: ignore[misc]
                 stack.enter_context(optimizer.optimizer.gossip.no_sync())
             yield
 
+    def save_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Save everything; weights are rank 0's replica."""
+        self._unflatten()
+        return super().save_state(*args, **kwargs)
+
+    def load_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Load what ``save_state`` saved, on all ranks."""
+        self._unflatten()
+        return super().load_state(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Save a model's weights; all ranks must call."""
+        self._unflatten()
+        return super().save_model(*args, **kwargs)
+
+    def _unflatten(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.optimizer.gossip.unflatten()
+
     def wait_for_everyone(self) -> None:
         """Wait for all ranks."""
         hvd.barrier()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import gossip_hvd.torch as hvd
 
@@ -43,6 +44,7 @@ class GossipStrategy(ParallelStrategy):  # type: ignore[misc]
     """
 
     strategy_name = "gossip"
+    is_distributed = True  # Lightning shares samples among ranks only where it finds this
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class GossipStrategy(ParallelStrategy):  # type: ignore[misc]
         )
         if not hvd.is_initialized():
             hvd.init(horovod_scope=horovod_scope, node_size=node_size)
+        rank_zero_only.rank = hvd.rank()
         self._merge, self._options = merge_on_fit_end, options
 
     # Who and where --------------------------------------------------------------------------

@@ -134,6 +134,9 @@ class TorchGossip(Gossip):
         self._build()
         scale = current.cluster.gradient_scale(current.node)
         process_set = current.process_sets["torch"]
+        if reduction.op == horovod.Sum:
+            # A sum counts ranks by itself; all-reduce then takes the mean of the nodes' sums.
+            scale = float(len(current.cluster.nodes)) if method.name == "allreduce" else 1.0
         if self.delegated:
             process_set, scale = horovod.global_process_set, 1.0
         self._reduction = NodeReduction(
@@ -142,6 +145,7 @@ class TorchGossip(Gossip):
             process_set,
             scale,
             self.key,
+            current.world,
             self._at_end_of_backward,
             self._at_begin_of_reduction,
         )
@@ -164,6 +168,15 @@ class TorchGossip(Gossip):
     def trains(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter is gossiped."""
         return any(p is parameter and p.requires_grad for _, p in self._named)
+
+    def unflatten(self) -> None:
+        """Give every parameter memory of its own until the next round.
+
+        For libraries that refuse parameters which are views of one buffer, such as safetensors'
+        ``save_model`` and ``load_model``.
+        """
+        self.drain()
+        self._memory.detach()
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within it, backward passes accumulate gradients without averaging them, as in DDP."""

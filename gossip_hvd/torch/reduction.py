@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +14,10 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 from torch.autograd import Variable
+
+from gossip_hvd.errors import StallError
+from gossip_hvd.transport import PAUSE
+from gossip_hvd.transport.mpi import World
 
 Named = tuple[str, torch.Tensor]
 NATIVE = {torch.float16, torch.float32, torch.float64}
@@ -46,6 +53,7 @@ class NodeReduction:
         process_set: the node's; None for a node of one rank, which has nothing to reduce.
         scale: what every averaged gradient is multiplied by (see ``Cluster.gradient_scale``).
         prefix: makes operation names unique among optimizers.
+        world: who this rank is, and how long it may wait.
         completed: called at the end of each backward that completed a reduction.
         begun: called when this rank's part of a reduction is under way, before any wait.
     """
@@ -57,17 +65,19 @@ class NodeReduction:
         process_set: Any,
         scale: float,
         prefix: str,
+        world: World,
         completed: Callable[[], None],
         begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.options, self._process_set, self._scale = options, process_set, scale
+        self._world = world
         self.passes = options.backward_passes_per_step
         self._prefix, self._completed, self._begun = prefix, completed, begun
         self._bundles = _bundles(named, options.groups)
         self._bundle_of = {id(p): b for b in self._bundles for _, p in b.members}
         self._hooked: dict[int, Any] = {}
         self._done_passes = 0
-        self._backward = -1
+        self._ending: Callable[[], object | None] = lambda: None
         self.hook_new()
 
     @property
@@ -107,12 +117,14 @@ class NodeReduction:
         self._at_end_of_backward()
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
-        backward = torch._C._current_graph_task_id()
-        if self._backward != backward:
-            # Runs once all gradients of this backward exist, as in PyTorch's own DDP. A backward
-            # that raised never gets there, hence its number instead of a flag.
-            Variable._execution_engine.queue_callback(self._at_end_of_backward)
-            self._backward = backward
+        if self._ending() is None:
+            # Runs once all gradients of this backward exist, as in PyTorch's own DDP. It belongs
+            # to the backward: where that raises it is gone, and what had begun is forgotten. A
+            # backward inside this one (re-entrant checkpoints) finds it alive.
+            self._forget()
+            ending = functools.partial(self._at_end_of_backward)
+            self._ending = weakref.ref(ending)
+            Variable._execution_engine.queue_callback(ending)
         if self._done_passes + 1 < self.passes:
             return
         bundle = self._bundle_of[id(parameter)]
@@ -120,8 +132,16 @@ class NodeReduction:
         if bundle.launched is None and len(bundle.ready) == len(bundle.members):
             self._launch(bundle)
 
+    def _forget(self) -> None:
+        """Drop what a backward that raised has left behind."""
+        for bundle in self._bundles:
+            if bundle.launched is not None and bundle.launched[0] is not None:
+                self._wait(bundle.launched[0], bundle.members[0][0])
+            bundle.launched = None
+            bundle.ready.clear()
+
     def _at_end_of_backward(self) -> None:
-        self._backward = -1
+        self._ending = lambda: None
         self._done_passes += 1
         if self._done_passes < self.passes:
             return
@@ -187,7 +207,7 @@ class NodeReduction:
         bundle.launched = None
         bundle.ready.clear()
         if handle is not None:
-            hvd.synchronize(handle)
+            self._wait(handle, members[0][0])
         for (_, parameter), tensor, context in zip(members, tensors, contexts, strict=True):
             gradient = parameter.grad
             if handle is not None:
@@ -197,6 +217,20 @@ class NodeReduction:
                     target.copy_(result)
             if self._scale != 1.0:
                 gradient.mul_(self._scale)
+
+    def _wait(self, handle: int, name: str) -> None:
+        """As ``hvd.synchronize``, which would wait for ever."""
+        since = time.monotonic()
+        while not hvd.poll(handle):
+            waited = time.monotonic() - since
+            if waited > self._world.limit:
+                raise StallError(
+                    f"rank {self._world.rank} waited {waited:.0f} s for the ranks of its node to "
+                    f"average the gradient of {name!r}. Is one of them still computing, or does "
+                    "it train other parameters? The limit is GOSSIP_HVD_STALL_TIMEOUT seconds."
+                )
+            time.sleep(0 if waited < PAUSE else PAUSE / 4)
+        hvd.synchronize(handle)
 
 
 def _bundles(named: Sequence[Named], groups: Sequence[Sequence[str]]) -> list[_Bundle]:

@@ -46,6 +46,11 @@ class Torch:
     name = "torch"
     hvd = horovod
 
+    def untraced(self, function: Action) -> Action:
+        """The function, which ``torch.compile`` (Keras's ``jit_compile=True``) leaves as it is."""
+        disabled: Action = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled
+
     def key(self, variable: Any) -> object:
         """What identifies a variable."""
         return id(native(variable))

@@ -71,7 +71,7 @@ class Exchange:
         flight: sequence number of the flight, equal on all ranks.
         stage: index of the stage in its round.
         receives: posted at once.
-        sends: each leaves when its receiver's word has come.
+        destinations: the ranks that something will be sent to, as often as one likes.
         gated: False where receivers give no word (small or node-internal messages).
         window: how many sends are under way at once; None for all.
         record: told of every event.
@@ -83,7 +83,7 @@ class Exchange:
         flight: int,
         stage: int,
         receives: Sequence[Message],
-        sends: Sequence[Message] = (),
+        destinations: Iterable[int] = (),
         *,
         gated: bool = True,
         window: int | None = None,
@@ -101,7 +101,7 @@ class Exchange:
         self._order = count()
         word = tag_of("word", flight, stage)
         if gated:
-            for peer in dict.fromkeys(m.peer for m in sends):
+            for peer in dict.fromkeys(destinations):
                 self._post("word", Message(peer, word, np.empty(1, np.uint8)))
                 self._held[peer] = []
         for message in receives:
@@ -110,7 +110,6 @@ class Exchange:
         if gated:
             for peer in dict.fromkeys(m.peer for m in receives):
                 self._post("say", Message(peer, word, np.zeros(1, np.uint8)))
-        self.send(sends)
 
     def send(self, messages: Iterable[Message]) -> None:
         """Send more; a gated exchange holds a message until its receiver's word has come."""

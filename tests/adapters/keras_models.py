@@ -53,7 +53,9 @@ def compiled(optimizer: Any, model: Any = None, **arguments: Any) -> Any:
     return model
 
 
-def trained(me: Rank, optimizer: Any, *, epochs: int = 1, callbacks: Any = (), **arguments: Any) -> Any:
+def trained(
+    me: Rank, optimizer: Any, *, epochs: int = 1, callbacks: Any = (), **arguments: Any
+) -> Any:
     """A model after training on this rank's data: 4 steps an epoch."""
     model = compiled(optimizer, **arguments)
     x, y = data(me.rank)
@@ -91,5 +93,3 @@ def sgd(**arguments: Any) -> Any:
 def backend() -> str:
     """What is beneath Keras."""
     return str(keras.backend.backend())
-
-

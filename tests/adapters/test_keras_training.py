@@ -206,7 +206,9 @@ def test_embeddings_with_and_without_dense_gradients(me: Rank) -> None:
     for dense in (False, True):
         keras.utils.set_random_seed(3)
         model = keras.Sequential([LAYERS.Embedding(20, 4), LAYERS.Flatten(), LAYERS.Dense(CLASSES)])
-        compiled(sgd(sparse_as_dense=dense), model).fit(x, y, batch_size=8, verbose=0, shuffle=False)
+        compiled(sgd(sparse_as_dense=dense), model).fit(
+            x, y, batch_size=8, verbose=0, shuffle=False
+        )
         assert_nodes_agree(me, model)
         results.append(values(model))
     np.testing.assert_allclose(*results, atol=1e-6)

@@ -1,7 +1,6 @@
 """PyTorch's DistributedDataParallel over gloo, with or without a compressing hook."""
 
 import argparse
-import os
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from benchmarks.race.model import Lane
 
 
-def bf16(group: Any, bucket: Any) -> Any:
+def bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """PyTorch's own hook, which DDP refuses by its name where there is no NCCL; gloo can do it."""
     return default_hooks.bf16_compress_hook(group, bucket)
 
@@ -36,7 +35,5 @@ def update() -> None:
     optimizer.zero_grad()
 
 
-lane.race(
-    model, update, barrier=dist.barrier, about={"interface": os.environ["GLOO_SOCKET_IFNAME"]}
-)
+lane.race(model, update, barrier=dist.barrier)
 dist.destroy_process_group()

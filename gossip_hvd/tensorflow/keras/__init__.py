@@ -27,6 +27,7 @@ from gossip_hvd.tensorflow.functions import (
     barrier,
     broadcast_object,
     broadcast_variables,
+    gossip_of,
     join,
 )
 from gossip_hvd.tensorflow.keras import callbacks
@@ -100,6 +101,7 @@ __all__ = [
     "callbacks",
     "cross_rank",
     "cross_size",
+    "gossip_of",
     "init",
     "is_initialized",
     "join",

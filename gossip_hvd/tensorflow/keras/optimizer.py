@@ -7,6 +7,7 @@ after ``apply``. A saved model names the optimizer's own class and loads without
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -146,6 +147,7 @@ class _Distributed(_Base):  # type: ignore[misc]
         """Tell the gossip of the variables, once they are known."""
         variables = self._trainable_variables
         if not all(self.gossip.trains(v) for v in variables):
+            _refuse_inside_another(self)
             named = [(name_of(v), v) for v in variables]
             self.gossip.begin(named, blocks_of, momentum_of(self, self.gossip.framework, variables))
 
@@ -176,21 +178,6 @@ class _Distributed(_Base):  # type: ignore[misc]
 
 class _Inner(_Distributed):
     """An optimizer that updates variables itself."""
-
-    @property
-    def loss_scale_factor(self) -> Any:
-        """Keras's setting; an optimizer that takes this one in sets it."""
-        return self.__dict__["loss_scale_factor"]
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, value: Any) -> None:
-        raise ConfigError(
-            "a distributed optimizer has been put inside a LossScaleOptimizer or another one (by "
-            "model.compile, where the model's policy is mixed_float16). There it would wait for "
-            "ranks that skip the step. Distribute the outer one: "
-            "hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer)), or set "
-            "the policy by keras.config.set_dtype_policy before DistributedOptimizer."
-        )
 
     def _backend_apply_gradients(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         self.begin()
@@ -232,9 +219,30 @@ class _Outer(_Distributed):
         super()._apply(grads, variables)
 
 
+def _refuse_inside_another(optimizer: Any) -> None:
+    """Raise where an optimizer hands gradients to this one; nothing but a search can tell."""
+    for other in gc.get_objects():
+        if not issubclass(type(other), OUTER) or other is optimizer:
+            continue
+        inner = getattr(other, "optimizers", None) or [getattr(other, "inner_optimizer", None)]
+        if any(one is optimizer for one in inner):
+            raise ConfigError(
+                f"a distributed {type(optimizer).__name__} is inside a {type(other).__name__} "
+                "(model.compile puts it there where the model's policy is mixed_float16): it "
+                "would wait for ranks that skip the step. Distribute the outer one, "
+                "hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer)), or "
+                "set the policy by keras.config.set_dtype_policy before DistributedOptimizer."
+            )
+
+
 @cache
 def _distributed(base: type) -> type:
     """The class of a distributed optimizer; to Keras, when it saves one, it is the base itself."""
     mixin = _Outer if issubclass(base, OUTER) else _Inner
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (mixin, base), {**names, "__doc__": base.__doc__})
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "apply": framework().untraced(mixin.apply),
+    }
+    return type(base.__name__, (mixin, base), members)

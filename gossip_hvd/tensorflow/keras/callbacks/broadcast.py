@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from gossip_hvd.tensorflow.functions import broadcast_variables
-from gossip_hvd.tensorflow.keras.callbacks.contract import Callback
+from gossip_hvd.tensorflow.keras.callbacks.contract import Callback, built
 
 
 class BroadcastGlobalVariablesCallback(Callback):
     """Give all ranks the model and the optimizer of one.
 
-    Keras 3 has built both when training begins, so that is when it happens: before the first
-    step, where Horovod's own comes after it.
+    It happens when training begins, where Horovod's own comes after the first step; for a model
+    that only its first batch builds, after that.
 
     Args:
         root_rank: world rank that has the values to keep.
@@ -34,7 +34,7 @@ class BroadcastGlobalVariablesCallback(Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Broadcast, if there is everything to broadcast."""
-        if self.model.built and self.model.optimizer.built:
+        if built(self.model):
             self._broadcast()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:

@@ -20,7 +20,7 @@ from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.methods.contract import restored
-from gossip_hvd.tensorflow.keras.callbacks.contract import Callback, gossip_of
+from gossip_hvd.tensorflow.keras.callbacks.contract import Callback, built, gossip_of
 
 VERSION = 1
 
@@ -92,6 +92,11 @@ class GossipCheckpoint(Callback):
                 f"{folder}: a checkpoint of version {job['version']} of nodes {job['nodes']}; "
                 f"this is version {VERSION} with nodes {nodes}. Start as many ranks in the same "
                 "nodes, or load the model from a .keras file instead."
+            )
+        if not built(self.model):
+            raise ConfigError(
+                f"{folder}: the model has no variables yet to restore: call model.build(shape) "
+                "before fit."
             )
         with np.load(folder / f"rank{world.rank}.npz") as held:
             variables = self._variables()

@@ -31,3 +31,14 @@ class Callback(keras.callbacks.Callback):  # type: ignore[misc]
 def gossip_of(model: Any) -> Any:
     """The gossip of a model's optimizer; None where it is not distributed."""
     return getattr(model.optimizer, "gossip", None)
+
+
+def built(model: Any) -> bool:
+    """Build the optimizer, as its first step would; False where the model has no variables yet."""
+    optimizer = model.optimizer
+    if not model.built:
+        return False
+    if not optimizer.built:
+        with keras.name_scope(optimizer.name):
+            optimizer.build(model.trainable_variables)
+    return True

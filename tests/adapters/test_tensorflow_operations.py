@@ -1,0 +1,202 @@
+"""TensorFlow proper on real ranks: world operations in both scopes, the tape, custom loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import gossip_hvd.tensorflow as hvd
+from gossip_hvd.errors import ConfigError
+from keras_models import CLASSES, assert_nodes_agree, data, differ, network, values
+from rank import Rank
+from ranks import ALONE, BOTH_SCOPES, Job, on_ranks
+
+PAIRS = [replace(job, adapter="tensorflow") for job in BOTH_SCOPES]
+SOME = [replace(job, adapter="tensorflow") for job in [*ALONE, Job(2), Job(5, "node", 2)]]
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def both_ways(function):
+    """A function, and the same in a graph."""
+    return [function, tf.function(function)]
+
+
+@on_ranks([*PAIRS, *SOME])
+def test_reductions_over_the_world(me: Rank) -> None:
+    mine = tf.constant([1.0 + me.rank, 2.0])
+    ranks = np.arange(me.size) + 1.0
+    for kind, wanted in (
+        (hvd.Average, [ranks.mean(), 2]),
+        (hvd.Sum, [ranks.sum(), 2 * me.size]),
+        (hvd.Min, [1, 2]),
+        (hvd.Max, [me.size, 2]),
+        (hvd.Product, [ranks.prod(), 2.0**me.size]),
+    ):
+        for reduce in both_ways(lambda x, kind=kind: hvd.allreduce(x, op=kind)):
+            np.testing.assert_allclose(reduce(mine), wanted, rtol=1e-6)
+    for dtype in (tf.float16, tf.float64, tf.int32, tf.int64):
+        result = hvd.allreduce(tf.cast(mine, dtype), op=hvd.Sum)
+        assert result.dtype == dtype
+        np.testing.assert_allclose(tf.cast(result, tf.float64), [ranks.sum(), 2 * me.size])
+    pair = hvd.grouped_allreduce([mine, mine * 2], op=hvd.Sum, prescale_factor=2.0)
+    np.testing.assert_allclose(pair[1], [4 * ranks.sum(), 8 * me.size])
+    small = hvd.allreduce(mine, compression=hvd.Compression.fp16)
+    np.testing.assert_allclose(small, [ranks.mean(), 2], rtol=1e-3)
+
+
+@on_ranks([*PAIRS, *SOME])
+def test_gathers_broadcasts_and_exchanges(me: Rank) -> None:
+    rows = tf.fill([me.rank + 1, 2], float(me.rank))
+    wanted = np.repeat(np.arange(me.size), np.arange(me.size) + 1)
+    for gather in both_ways(hvd.allgather):
+        np.testing.assert_array_equal(gather(rows)[:, 0], wanted)
+    root = me.size - 1
+    for send in both_ways(lambda x: hvd.broadcast(x, root)):
+        np.testing.assert_array_equal(send(tf.constant([float(me.rank)])), [root])
+    each = tf.range(me.size) + 100 * me.rank
+    np.testing.assert_array_equal(hvd.alltoall(each), me.rank + 100 * np.arange(me.size))
+    mine = hvd.reducescatter(tf.ones([me.size * 2, 3]) * (me.rank + 1), op=hvd.Sum)
+    np.testing.assert_array_equal(mine, np.full((2, 3), sum(range(me.size + 1))))
+    assert hvd.broadcast_object({"from": me.rank}, root) == {"from": root}
+    assert hvd.allgather_object(me.rank) == list(range(me.size))
+    hvd.barrier()
+
+
+@on_ranks(PAIRS)
+def test_keras_variables_are_tensors_too(me: Rank) -> None:
+    variable = keras.Variable(np.full(3, float(me.rank), "float32"))
+    np.testing.assert_allclose(hvd.allreduce(variable), np.full(3, 1.5))
+    hvd.broadcast_variables([variable], root_rank=2)
+    np.testing.assert_array_equal(variable.numpy(), np.full(3, 2.0))
+    model = network()
+    model.set_weights([w + me.rank for w in model.get_weights()])
+    wanted = me.gather(values(model))[1]
+    hvd.broadcast_variables(model.variables, root_rank=1)
+    np.testing.assert_array_equal(values(model), wanted)
+    plain = tf.Variable([float(me.rank)])
+    hvd.broadcast_([plain], root_rank=3)
+    np.testing.assert_array_equal(plain.numpy(), [3.0])
+
+
+@on_ranks(PAIRS)
+def test_gradients_flow_as_horovods_do(me: Rank) -> None:
+    x = tf.Variable([1.0 + me.rank, 2.0])
+    with tf.GradientTape() as tape:
+        y = tf.reduce_sum(hvd.allreduce(x, op=hvd.Sum) * (me.rank + 1.0))
+    np.testing.assert_allclose(tape.gradient(y, x), [10.0, 10.0])
+    rows = tf.Variable(tf.ones([me.rank + 1, 2]))
+    with tf.GradientTape() as tape:
+        z = tf.reduce_sum(hvd.allgather(rows.read_value()) * (me.rank + 1.0))
+    np.testing.assert_allclose(tape.gradient(z, rows), np.full((me.rank + 1, 2), 2.5))
+    with tf.GradientTape() as tape:
+        w = tf.reduce_sum(hvd.broadcast(x.read_value(), 2) * (me.rank + 1.0))
+    np.testing.assert_allclose(tape.gradient(w, x), [2.5 if me.rank == 2 else 0.0] * 2)
+
+
+@on_ranks(PAIRS)
+def test_sparse_slices(me: Rank) -> None:
+    slices = tf.IndexedSlices(tf.ones([1, 2]) * me.rank, tf.constant([me.rank % 2]), [2, 2])
+    total = tf.convert_to_tensor(hvd.allreduce(slices, op=hvd.Sum))
+    np.testing.assert_array_equal(total, [[2, 2], [4, 4]])
+
+
+def loop(me: Rank, optimizer, *, graph: bool, tape: bool, **options):
+    """Horovod's own custom loop, 6 steps of 8 samples."""
+    model = network()
+    x, y = data(me.rank)
+
+    def step(images, labels):
+        with tf.GradientTape() as one:
+            loss = LOSS(labels, model(images, training=True))
+        if tape:
+            one = hvd.DistributedGradientTape(one, **options)
+        gradients = one.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    run = tf.function(step) if graph else step
+    for i in range(6):
+        rows = slice(8 * i % 32, 8 * i % 32 + 8)
+        run(tf.constant(x[rows]), tf.constant(y[rows]))
+    return model
+
+
+@on_ranks(PAIRS)
+def test_a_custom_loop_with_our_optimizer(me: Rank) -> None:
+    results = []
+    for graph in (True, False):
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        model = loop(me, optimizer, graph=graph, tape=False)
+        nodes = assert_nodes_agree(me, model)
+        assert not differ(nodes)
+        assert optimizer.gossip.round == 6
+        results.append(values(model))
+    np.testing.assert_allclose(*results, atol=1e-6)
+
+
+@on_ranks(PAIRS)
+def test_a_custom_loop_with_the_tape(me: Rank) -> None:
+    for graph in (True, False):
+        model = loop(me, keras.optimizers.Adam(0.01), graph=graph, tape=True)
+        nodes = assert_nodes_agree(me, model)
+        assert differ(nodes)  # the last update has not been mixed yet
+        hvd.average_variables(model.trainable_variables)
+        assert not differ(me.gather(values(model)))
+
+
+@on_ranks(PAIRS)
+def test_the_tape_mixes_between_gradient_and_update(me: Rank) -> None:
+    """Two nodes: x ← (x₀ + x₁) / 2 − γ g(x), by hand."""
+    model = loop(me, keras.optimizers.SGD(0.1), graph=True, tape=True)
+    nodes = [network().get_weights() for _ in me.nodes]
+    parts = [data(rank) for rank in range(me.size)]
+    other = network()
+    for i in range(6):
+        rows = slice(8 * i % 32, 8 * i % 32 + 8)
+        gradients = []
+        for weights, ranks in zip(nodes, me.nodes, strict=True):
+            other.set_weights(weights)
+            every = []
+            for rank in ranks:
+                x, y = parts[rank]
+                with tf.GradientTape() as tape:
+                    loss = LOSS(y[rows], other(x[rows]))
+                every.append([g.numpy() for g in tape.gradient(loss, other.trainable_variables)])
+            gradients.append([np.mean(g, axis=0) for g in zip(*every, strict=True)])
+        mean = [np.mean(w, axis=0) for w in zip(*nodes, strict=True)]
+        nodes = [[m - 0.1 * g for m, g in zip(mean, gs, strict=True)] for gs in gradients]
+    wanted = np.concatenate([w.ravel() for w in nodes[me.node]])
+    np.testing.assert_allclose(values(model), wanted, atol=2e-6)
+
+
+@on_ranks(PAIRS)
+def test_the_tape_with_allreduce_and_with_overlap(me: Rank) -> None:
+    model = loop(me, keras.optimizers.SGD(0.1), graph=True, tape=True, method="allreduce")
+    assert not differ(assert_nodes_agree(me, model))
+    model = loop(me, keras.optimizers.SGD(0.1), graph=True, tape=True, timing="awc")
+    assert_nodes_agree(me, model)
+
+
+@on_ranks(PAIRS)
+def test_tape_and_optimizer_together_are_refused(me: Rank) -> None:
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    with pytest.raises(ConfigError, match="Use one of them"):
+        loop(me, optimizer, graph=False, tape=True)
+
+
+@on_ranks([PAIRS[0]])
+def test_what_does_not_exist_here_says_what_does(me: Rank) -> None:
+    for name in (
+        "broadcast_global_variables",
+        "BroadcastGlobalVariablesHook",
+        "PartialDistributedGradientTape",
+        "SyncBatchNormalization",
+    ):
+        with pytest.raises(ConfigError, match=name):
+            getattr(hvd, name)(0)
+    with pytest.raises(AttributeError):
+        hvd.no_such_name  # noqa: B018
+    assert CLASSES == 3
