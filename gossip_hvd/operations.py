@@ -110,6 +110,7 @@ class Operations:
         self._post: Post = world.post()
         self._coordinator = Coordinator(world.size, world.limit) if world.rank == 0 else None
         self._numbers: defaultdict[tuple[str, int], Iterator[int]] = defaultdict(itertools.count)
+        self._epoch = 0
         self._new: deque[Request] = deque()
         self._steps, self._watched = Steps(), False
         self._followed: SimpleQueue[str | None] = SimpleQueue()
@@ -153,7 +154,7 @@ class Operations:
         """
         members = details.get("members", 0)
         if name is None:
-            name = f"{kind}.noname.{next(self._numbers[kind, members])}"
+            name = self.next_name(kind, members)
         request = Request(
             kind,
             name,
@@ -176,6 +177,15 @@ class Operations:
             self._new.append(request)
         self._work.set()
         return asked.handle
+
+    def next_name(self, kind: str, members: int = 0) -> str:
+        """The name of an operation that was given none: calls match by their order."""
+        return f"{kind}.noname.{self._epoch}.{next(self._numbers[kind, members])}"
+
+    def renumber(self) -> None:
+        """Count from the start again, on all ranks, after some have made fewer calls."""
+        self._epoch += 1
+        self._numbers.clear()
 
     def step(self, key: str) -> None:
         """Count one step of the optimizer with this key; cheap while nobody has joined.
@@ -296,6 +306,7 @@ class Operations:
             self._executor.run(batch, mine)
             if batch[0].request.kind == "join":
                 self._watched = False
+                self.renumber()
                 self._followed.put(None)
             if batch[0].request.kind == "shutdown":
                 self._end(OperationError(SHUT_DOWN))

@@ -19,7 +19,7 @@ from gossip_hvd.gossip import Gossip, running
 from gossip_hvd.memory import Memory
 from gossip_hvd.methods import Method
 from gossip_hvd.options import EngineOptions
-from gossip_hvd.rounds import GRADIENTS, MOMENTUM, WEIGHTS
+from gossip_hvd.rounds import GRADIENTS, WEIGHTS
 from gossip_hvd.segments import Field
 from gossip_hvd.session import Session
 
@@ -172,14 +172,14 @@ class VariablesGossip(Gossip):
         self,
         named: Sequence[tuple[str, Any]],
         finder: BlockFinder | None,
-        momentum: Mapping[object, Any] | None = None,
+        history: Mapping[str, Mapping[object, Any]] | None = None,
     ) -> None:
         """Build memory and engine for variables; all ranks must call.
 
         Args:
             named: every variable with its name, in the model's order.
             finder: finds the model's blocks from the names; None where they say nothing.
-            momentum: the momentum of a variable, by the variable's key.
+            history: the optimizer's buffers for payload slots, by slot and variable's key.
 
         Raises:
             ConfigError: where ranks differ, or there is nothing to train.
@@ -209,7 +209,7 @@ class VariablesGossip(Gossip):
         self._places = {self.framework.key(v): i for i, v in enumerate(ordered)}
         tensors: dict[str, Sequence[Any]] = {WEIGHTS: ordered}
         for slot in self.slots:
-            found: Mapping[object, Any] = momentum or {} if slot == MOMENTUM else {}
+            found = (history or {}).get(slot, {})
             tensors.setdefault(slot, [found.get(self.framework.key(v)) for v in ordered])
         self._memory = self.framework.memory(layout, tensors)
         self.build(layout, self._memory)
@@ -257,6 +257,7 @@ class VariablesGossip(Gossip):
         started = time.monotonic()
         self._learn(*rate)
         self.reduced()
+        self.stepping()
         self.seconds += time.monotonic() - started
 
     def _after_step(self, *numbers: float) -> None:

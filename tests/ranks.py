@@ -21,7 +21,7 @@ import pytest
 
 from launch import Outcome, launch
 
-PATIENCE = 120.0
+PATIENCE = 150.0
 """Seconds that one check may take on all ranks together."""
 
 

@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gather",),
     ("seat",),
     ("memory", "node", "options", "agreement", "blocks", "negotiation"),
+    ("joining",),
     ("transport",),
     ("settings", "recorder", "requests"),
     ("methods", "reductions"),

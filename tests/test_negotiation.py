@@ -45,7 +45,10 @@ def test_different_orders_on_different_ranks_become_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"shapes": ((3, 2),)}, r"Mismatched allreduce tensor shapes: .* shape \[2, 3\], but .* \[3, 2\]"),
+        (
+            {"shapes": ((3, 2),)},
+            r"Mismatched allreduce tensor shapes: .* shape \[2, 3\], but .* \[3, 2\]",
+        ),
         ({"dtypes": ("int32",)}, "Mismatched data types: One rank had type float32, but .* int32"),
         ({"op": "max"}, "Mismatched reduction ops"),
         ({"prescale": 2.0}, "Mismatched prescale and/or postscale factors"),
@@ -192,7 +195,9 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reductions_and_what_changes_nothing_in_them(dtype: str, random: np.random.Generator) -> None:
+def test_reductions_and_what_changes_nothing_in_them(
+    dtype: str, random: np.random.Generator
+) -> None:
     kind = dtype_of(dtype)
     rows = [random.integers(0, 4, 70_001).astype(kind) for _ in range(3)]
     wide = np.stack(rows).astype(float)

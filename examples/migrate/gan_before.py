@@ -2,8 +2,8 @@
 
 import horovod.torch as hvd
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 LATENT = 8
 
@@ -35,7 +35,9 @@ def main():
         c_optimizer.zero_grad()
         with torch.no_grad():
             fake = generator(torch.randn(64, LATENT))
-        loss_c = F.softplus(-critic(real(64))).mean() + F.softplus(critic(fake)).mean()
+        loss_c = (
+            functional.softplus(-critic(real(64))).mean() + functional.softplus(critic(fake)).mean()
+        )
         loss_c.backward()
         c_optimizer.synchronize()
         nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
@@ -45,7 +47,7 @@ def main():
         g_optimizer.zero_grad()
         for parameter in critic.parameters():
             parameter.requires_grad_(False)
-        loss_g = F.softplus(-critic(generator(torch.randn(64, LATENT)))).mean()
+        loss_g = functional.softplus(-critic(generator(torch.randn(64, LATENT)))).mean()
         loss_g.backward()
         for parameter in critic.parameters():
             parameter.requires_grad_(True)

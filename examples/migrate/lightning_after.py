@@ -2,8 +2,8 @@
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from gossip_hvd.torch.lightning import GossipStrategy
@@ -17,7 +17,7 @@ class Digits(pl.LightningModule):
         )
 
     def training_step(self, batch, index):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch, index):
         accuracy = (self.net(batch[0]).argmax(1) == batch[1]).float().mean()

@@ -2,8 +2,8 @@
 
 import horovod.torch as hvd
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -16,8 +16,8 @@ class Net(torch.nn.Module):
         self.output = torch.nn.Linear(50, 10)
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1)
-        return F.log_softmax(self.output(F.relu(self.hidden(x))), dim=1)
+        x = functional.max_pool2d(functional.relu(self.conv(x)), 2).flatten(1)
+        return functional.log_softmax(self.output(functional.relu(self.hidden(x))), dim=1)
 
 
 def metric_average(value, name):
@@ -54,7 +54,7 @@ def main():
         train_sampler.set_epoch(epoch)
         for data, target in train_loader:
             optimizer.zero_grad()
-            loss = F.nll_loss(model(data), target)
+            loss = functional.nll_loss(model(data), target)
             loss.backward()
             optimizer.step()
 
@@ -63,7 +63,7 @@ def main():
         with torch.no_grad():
             for data, target in test_loader:
                 output = model(data)
-                loss += F.nll_loss(output, target, reduction="sum").item()
+                loss += functional.nll_loss(output, target, reduction="sum").item()
                 correct += (output.argmax(1) == target).float().sum().item()
         loss = metric_average(loss / len(test_sampler), "avg_loss")
         accuracy = metric_average(correct / len(test_sampler), "avg_accuracy")

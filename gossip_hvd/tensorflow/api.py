@@ -50,6 +50,7 @@ from gossip_hvd.tensorflow.collectives import (
     broadcast_,
     grouped_allgather,
     grouped_allreduce,
+    grouped_reducescatter,
     reducescatter,
 )
 from gossip_hvd.tensorflow.functions import (
@@ -133,6 +134,7 @@ __all__ = [
     "gossip_of",
     "grouped_allgather",
     "grouped_allreduce",
+    "grouped_reducescatter",
     "init",
     "is_initialized",
     "join",

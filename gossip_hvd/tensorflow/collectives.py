@@ -208,23 +208,42 @@ def reducescatter(
     postscale_factor: float = 1.0,
 ) -> Any:
     """This rank's rows of the reduction over all ranks; arguments as Horovod's."""
-    tensor = _tensor(tensor)
+    return grouped_reducescatter(
+        [tensor],
+        device_dense,
+        compression,
+        op,
+        name,
+        process_set,
+        ignore_name_scope,
+        prescale_factor,
+        postscale_factor,
+    )[0]
+
+
+def grouped_reducescatter(
+    tensors: Sequence[Any],
+    device_dense: str = "",
+    compression: Any = horovod.Compression.none,
+    op: Any = horovod.Average,
+    name: str | None = None,
+    process_set: Any = None,
+    ignore_name_scope: bool = False,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> list[Any]:
+    """This rank's rows of the reductions of several tensors; arguments as Horovod's."""
+    tensors = [_tensor(tensor) for tensor in tensors]
     if horovod_answers(process_set):
-        return horovod.reducescatter(
-            tensor,
-            device_dense,
-            compression,
-            op,
-            name,
-            _set(process_set),
-            ignore_name_scope,
-            prescale_factor,
-            postscale_factor,
-        )
-    packed, context = compression.compress(tensor)
+        rest = (compression, op, name, _set(process_set), ignore_name_scope)
+        factors = (prescale_factor, postscale_factor)
+        if len(tensors) == 1:
+            return [horovod.reducescatter(tensors[0], device_dense, *rest, *factors)]
+        return list(horovod.grouped_reducescatter(tensors, device_dense, *rest, *factors))
+    packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
     details = {"op": named(op), "prescale": prescale_factor, "postscale": postscale_factor}
-    rows = world_operation("reducescatter", [packed], name, [packed.dtype], **details)[0]
-    return compression.decompress(rows, context)
+    rows = world_operation("reducescatter", packed, name, _dtypes(packed), **details)
+    return [compression.decompress(r, c) for r, c in zip(rows, contexts, strict=True)]
 
 
 def _tensor(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-import cloudpickle  # Horovod needs it too
+import cloudpickle  # type: ignore[import-untyped]  # Horovod needs it too
 import numpy as np
 
 from gossip_hvd import session

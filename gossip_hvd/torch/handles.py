@@ -7,6 +7,7 @@ carries it out; otherwise it is one of ours, matched by name (see ``gossip_hvd.o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import horovod.torch as horovod
@@ -99,10 +100,14 @@ def begin(
         apart = isinstance(process_set, NodeProcessSet) and session.current().scope == "node"
         if kind == "broadcast" and apart:
             details["root"] = process_set.ranks.index(details["root"])
+        if name is None:
+            # Horovod's own numbers go apart where one rank has made more calls than another.
+            name = session.current().operations.next_name(kind, -1 - inside.process_set_id)
         handle = _at_horovod(kind, sources, name, inside, grouped, inplace, details)
-        poll_it, wait = (lambda: bool(horovod.poll(handle))), (lambda: horovod.synchronize(handle))
+        done: Callable[[], bool] = partial(horovod.poll, handle)
+        wait: Callable[[], Any] = partial(horovod.synchronize, handle)
     else:
-        poll_it, wait = _ours(kind, sources, name, number_of(process_set), inplace, details)
+        done, wait = _ours(kind, sources, name, number_of(process_set), inplace, details)
 
     def result() -> Any:
         results = wait()
@@ -112,7 +117,7 @@ def begin(
         outputs = [_deliver(t, r, inplace) for t, r in zip(tensors, results, strict=True)]
         return tuple(outputs) if grouped else outputs[0]
 
-    return Pending(poll_it, result)
+    return Pending(done, result)
 
 
 def _deliver(tensor: torch.Tensor, result: torch.Tensor, inplace: bool) -> torch.Tensor:

@@ -53,6 +53,7 @@ def join(device: int = -1) -> int:
     current = session.current()
     if _is_horovods():
         last = int(horovod.join(device))
+        current.operations.renumber()
         # Horovod leaves every rank with the weights of its own last step.
         for gossip in running():
             if isinstance(gossip, TorchGossip):

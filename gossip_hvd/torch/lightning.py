@@ -92,7 +92,7 @@ class GossipStrategy(ParallelStrategy):  # type: ignore[misc]
     @property
     def root_device(self) -> torch.device:
         """This rank's device: the GPU of its local rank, where GPUs are asked for."""
-        devices = self.parallel_devices
+        devices: list[torch.device] | None = self.parallel_devices
         if not devices or devices[0].type == "cpu":
             return torch.device("cpu")
         return devices[self.local_rank] if len(devices) > 1 else devices[0]

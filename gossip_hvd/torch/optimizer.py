@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -87,6 +88,12 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         raise ConfigError(f"op={op}: gradients of a node are combined by Average or Sum.")
     if gradient_predivide_factor != 1.0 and op != horovod.Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
+    if num_groups != 0:
+        warnings.warn(
+            "Parameter `num_groups` has been replaced by `groups`.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
     named = _named(optimizer, named_parameters)
@@ -345,6 +352,8 @@ def _groups(named: Sequence[Named], num_groups: int, groups: Any) -> tuple[tuple
         names = [name for name, p in named if p.requires_grad]
         cuts = [i * len(names) // groups for i in range(groups + 1)] if groups else []
         return tuple(tuple(names[a:b]) for a, b in itertools.pairwise(cuts) if b > a)
+    if not all(isinstance(p, torch.Tensor) for group in groups for p in group):
+        raise ValueError("groups must consist of torch.Tensor.")
     names_by_id = {id(p): name for name, p in named}
     if any(id(p) not in names_by_id for group in groups for p in group):
         raise ValueError("groups contain a parameter that this optimizer does not have.")

@@ -53,10 +53,8 @@ def reducescatter(
     """
     compressed, context = compression.compress(tensor)
     how = (op, process_set, prescale_factor, postscale_factor)
-    return compression.decompress(  # type: ignore[no-any-return]
-        _Reducescatter.apply(name, how, False, compressed),
-        context,  # type: ignore[no-untyped-call]
-    )
+    reduced = _Reducescatter.apply(name, how, False, compressed)  # type: ignore[no-untyped-call]
+    return compression.decompress(reduced, context)  # type: ignore[no-any-return]
 
 
 def grouped_reducescatter_async(

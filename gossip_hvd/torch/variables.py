@@ -10,7 +10,7 @@ import torch
 
 from gossip_hvd import session
 from gossip_hvd.memory import Memory
-from gossip_hvd.rounds import GRADIENTS, MOMENTUM, WEIGHTS
+from gossip_hvd.rounds import GRADIENTS, WEIGHTS
 from gossip_hvd.segments import Field, Layout
 from gossip_hvd.torch.memory import TorchMemory, field_of
 from gossip_hvd.torch.reduction import NATIVE
@@ -22,13 +22,18 @@ class KerasMemory(TorchMemory):
 
     def __init__(self, layout: Layout, variables: Mapping[str, Sequence[Any]]) -> None:
         parameters = [native(v) for v in variables[WEIGHTS]]
-        history = {
-            id(p): native(m)
-            for p, m in zip(parameters, variables.get(MOMENTUM, []), strict=False)
-            if m is not None
+        held = {
+            (slot, id(p)): native(h)
+            for slot, history in variables.items()
+            for p, h in zip(parameters, history, strict=True)
+            if slot != WEIGHTS and h is not None
         }
+
+        def history(slot: str, parameter: torch.Tensor) -> torch.Tensor | None:
+            return held.get((slot, id(parameter)))
+
         self._given: dict[int, torch.Tensor] = {}
-        super().__init__(layout, parameters, variables, lambda p: history.get(id(p)))
+        super().__init__(layout, parameters, variables, history)
 
     def give(self, gradients: Mapping[int, torch.Tensor]) -> None:
         """The gradients of this step, by position in the layout."""

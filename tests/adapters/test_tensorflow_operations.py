@@ -61,6 +61,8 @@ def test_gathers_broadcasts_and_exchanges(me: Rank) -> None:
     np.testing.assert_array_equal(hvd.alltoall(each), me.rank + 100 * np.arange(me.size))
     mine = hvd.reducescatter(tf.ones([me.size * 2, 3]) * (me.rank + 1), op=hvd.Sum)
     np.testing.assert_array_equal(mine, np.full((2, 3), sum(range(me.size + 1))))
+    pair = hvd.grouped_reducescatter([tf.ones([me.size]), tf.ones([me.size, 2])], op=hvd.Sum)
+    np.testing.assert_array_equal(pair[1], np.full((1, 2), me.size))
     assert hvd.broadcast_object({"from": me.rank}, root) == {"from": root}
     assert hvd.allgather_object(me.rank) == list(range(me.size))
     hvd.barrier()

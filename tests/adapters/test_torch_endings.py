@@ -39,7 +39,7 @@ def interrupt():
 
 STALL = {"GOSSIP_HVD_STALL_TIMEOUT": "4", "GOSSIP_HVD_SHUTDOWN_TIMEOUT": "8"}
 LONG = {"GOSSIP_HVD_STALL_TIMEOUT": "300"}
-AT_ONCE = 10.0
+AT_ONCE = 15.0
 """Seconds within which the trouble of one rank has ended all."""
 
 EVERYWHERE = "node_size=1", "node_size=2", "node_size=2, horovod_scope='world'"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import keras
+
 from gossip_hvd.errors import ConfigError
+from gossip_hvd.methods import Method
+from gossip_hvd.rounds import MOMENTUM, VARIANCE
 from gossip_hvd.variables import Framework, NodeAverage
 
 
@@ -79,11 +84,42 @@ def accumulate(optimizer: Any, passes: int) -> None:
     optimizer.gradient_accumulation_steps = passes
 
 
-def momentum_of(optimizer: Any, framework: Framework, variables: list[Any]) -> dict[object, Any]:
-    """The momentum of every variable, by key; empty for optimizers that keep none."""
-    for name in ("momentums", "_momentums"):
-        history = getattr(optimizer, name, None)
-        if history:
-            pairs = zip(variables, history, strict=True)
-            return {framework.key(v): m for v, m in pairs if m is not None}
-    return {}
+BUFFERS = {MOMENTUM: ("momentums", "_momentums"), VARIANCE: ("_velocities",)}
+"""What Keras's optimizers call the buffers of a payload slot."""
+
+
+def history_of(
+    optimizer: Any, framework: Framework, variables: Sequence[Any]
+) -> dict[str, dict[object, Any]]:
+    """The optimizer's buffers for payload slots, by slot and variable's key."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    found: dict[str, dict[object, Any]] = {}
+    for slot, names in BUFFERS.items():
+        buffers: Sequence[Any] = next(
+            (getattr(inner, n) for n in names if getattr(inner, n, None)), []
+        )
+        pairs = zip(variables, buffers, strict=False)
+        found[slot] = {framework.key(v): held for v, held in pairs if held is not None}
+    return found
+
+
+def fitted(method: Method, optimizer: Any) -> Method:
+    """The method as it works with this optimizer.
+
+    Raises:
+        ConfigError: where it needs a history that this optimizer does not keep, or keeps otherwise.
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    made = method.fitted(type(inner).__name__)
+    if made.needs_rate and isinstance(inner, keras.optimizers.SGD):
+        if MOMENTUM in (*made.writes, *made.reads):
+            raise ConfigError(
+                f"method {made.name!r} computes with SGD's momentum, and Keras's SGD keeps it "
+                "multiplied by the learning rate. Use Adam or AdamW, or PyTorch's own SGD with "
+                "gossip_hvd.torch."
+            )
+    if made.needs_rate and isinstance(inner, keras.optimizers.MultiOptimizer):
+        raise ConfigError(
+            f"method {made.name!r} needs the learning rate, and a MultiOptimizer has several."
+        )
+    return made

@@ -20,7 +20,7 @@ from gossip_hvd.errors import ConfigError
 from gossip_hvd.methods import Method, method_of
 from gossip_hvd.options import EngineOptions
 from gossip_hvd.settings import setting
-from gossip_hvd.tensorflow.keras.arguments import accumulate, momentum_of, node_average
+from gossip_hvd.tensorflow.keras.arguments import accumulate, fitted, history_of, node_average
 from gossip_hvd.tensorflow.keras.backend import framework
 from gossip_hvd.tensorflow.keras.names import blocks_of, name_of
 from gossip_hvd.variables import VariablesGossip
@@ -99,7 +99,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         process_set=process_set,
     )
     engine = EngineOptions.take(options)
-    chosen = method_of(setting("METHOD", method), **options).fitted(type(optimizer).__name__)
+    chosen = fitted(method_of(setting("METHOD", method), **options), optimizer)
     if name is not None:
         optimizer.name = name
     accumulate(optimizer, backward_passes_per_step)
@@ -120,13 +120,15 @@ class _Distributed(_Base):  # type: ignore[misc]
     """What is put in front of an optimizer's class."""
 
     gossip: VariablesGossip
+    built: bool
     _present: Sequence[Any] = ()
     _loss: Any = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """A plain optimizer with the same settings; one that trains with others must be wrapped."""
-        return cls.__mro__[2].from_config(config, *args, **kwargs)
+        base: Any = cls.__mro__[3]
+        return base.from_config(config, *args, **kwargs)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Keras's ``apply``, with everybody's gradients; then the round that is due."""
@@ -149,7 +151,7 @@ class _Distributed(_Base):  # type: ignore[misc]
         if not all(self.gossip.trains(v) for v in variables):
             _refuse_inside_another(self)
             named = [(name_of(v), v) for v in variables]
-            self.gossip.begin(named, blocks_of, momentum_of(self, self.gossip.framework, variables))
+            self.gossip.begin(named, blocks_of, history_of(self, self.gossip.framework, variables))
 
     def _average(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         return self.gossip.average(grads, variables, *self._rate())
