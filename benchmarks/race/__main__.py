@@ -81,7 +81,8 @@ def _turn(
         for last in race.runs.get(contender.name, [])[before:]:
             console.print(
                 f"turn {turn + 1}  {contender.name:22} {last.wall:6.3f} s a step, worst "
-                f"{last.worst:.2f}, load {last.load[0]:.1f} → {last.load[1]:.1f}",
+                f"{last.worst:.2f}, load {last.load[0]:.1f} → {last.load[1]:.1f}, "
+                f"overslept {last.overslept:.2f} s",
                 highlight=False,
             )
 

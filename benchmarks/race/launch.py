@@ -56,6 +56,7 @@ class Result:
         worst: the longest step of any rank.
         cpu: processor seconds a step, of all ranks together.
         load: load average of the machine before and after.
+        overslept: the longest time by which a sleeping thread was woken too late on any host.
         steps: of the slowest rank.
         about: versions.
         ranks: all that each rank wrote.
@@ -66,6 +67,7 @@ class Result:
     worst: float
     cpu: float
     load: tuple[float, float]
+    overslept: float
     steps: list[float]
     about: dict[str, str]
     ranks: list[dict[str, Any]]
@@ -80,6 +82,7 @@ class Result:
             max(max(r["steps"]) for r in ranks),
             sum(r["cpu"] for r in ranks),
             load,
+            max(r["overslept"] for r in ranks),
             slowest["steps"],
             slowest["about"],
             ranks,

@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.testbed import LINK
+
 LAYERS = 8
+PERIOD = 0.01
 
 
 class _Work(torch.autograd.Function):
@@ -65,6 +68,32 @@ class SleepyModel(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.layers(x)
+
+
+@dataclass
+class Meter:
+    """Wakes every 10 ms: samples the link's counters and sees how late it was woken.
+
+    Attributes:
+        keep: whether to keep samples.
+        samples: time, bytes received, bytes sent so far.
+        overslept: the longest time by which it was woken too late; tenths of a second mean that
+            the machine had no processor left for this rank, and that its times are worth nothing.
+    """
+
+    keep: bool
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+    overslept: float = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Until ``stop``."""
+        last = time.monotonic()
+        while not stop.wait(PERIOD):
+            now = time.monotonic()
+            self.overslept = max(self.overslept, now - last - PERIOD)
+            last = now
+            if self.keep:
+                self.samples.append((now, *_link_bytes()))
 
 
 @dataclass
@@ -155,7 +184,8 @@ class Lane:
                 "cpu": cpu / self.asked.steps,
                 "late": [self._late(step) for step in range(self.asked.steps)],
                 "about": {"torch": torch.__version__, **(about or {})},
-                "meter": meter,
+                "meter": meter.samples,
+                "overslept": meter.overslept,
                 **extra(),
             }
         )
@@ -184,27 +214,28 @@ class Lane:
         return self.asked.late_seconds if draw < self.asked.late_chance else 0.0
 
     @contextmanager
-    def _meter(self) -> Iterator[list[tuple[float, int, int]]]:
-        """Bytes received and sent so far on this host's link, sampled every 10 ms."""
-        samples: list[tuple[float, int, int]] = []
-        if not self.asked.meter or self.rank % self.asked.ranks_per_host:
-            yield samples
+    def _meter(self) -> Iterator[Meter]:
+        """A meter that runs inside the block, on each host's first rank."""
+        meter = Meter(keep=self.asked.meter)
+        if self.rank % self.asked.ranks_per_host:
+            yield meter
             return
         stop = threading.Event()
-
-        def sample() -> None:
-            while not stop.wait(0.01):
-                for line in Path("/proc/self/net/dev").read_text().splitlines():
-                    name, _, counts = line.partition(":")
-                    if name.strip() == "e0":
-                        numbers = counts.split()
-                        samples.append((time.monotonic(), int(numbers[0]), int(numbers[8])))
-
-        thread = threading.Thread(target=sample, daemon=True)
+        thread = threading.Thread(target=meter.run, args=(stop,), daemon=True)
         thread.start()
-        yield samples
+        yield meter
         stop.set()
         thread.join()
+
+
+def _link_bytes() -> tuple[int, int]:
+    """Bytes received and sent so far on this host's link."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == LINK:
+            numbers = counts.split()
+            return int(numbers[0]), int(numbers[8])
+    return 0, 0
 
 
 def _cpu_seconds() -> float:

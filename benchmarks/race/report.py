@@ -75,6 +75,7 @@ class Race:
                 "worst": round(run.worst, 4),
                 "cpu": round(run.cpu, 3),
                 "load": run.load,
+                "overslept": round(run.overslept, 3),
                 "steps": [round(s, 3) for s in run.steps],
             }
 
@@ -120,7 +121,7 @@ def table(race: Race) -> Table:
     )
     made.add_column("contender")
     columns = ("s a step", "min–max", "worst step", "× limit", "worst × limit", "× Horovod")
-    for column in (*columns, "CPU s", "load"):
+    for column in (*columns, "CPU s", "load", "overslept"):
         made.add_column(column, justify="right")
     if race.calm:
         made.add_column("stragglers' delay", justify="right")
@@ -146,6 +147,7 @@ def _row(race: Race, name: str) -> list[str]:
         faster,
         f"{statistics.median(run.cpu for run in runs):.2f}",
         f"{load:.1f}",
+        f"{max(run.overslept for run in runs):.2f}",
     ]
     delay = race.delay(name)
     if race.calm:

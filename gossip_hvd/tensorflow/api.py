@@ -48,6 +48,7 @@ from gossip_hvd.tensorflow.collectives import (
     alltoall,
     broadcast,
     broadcast_,
+    broadcast_variables,
     grouped_allgather,
     grouped_allreduce,
     grouped_reducescatter,
@@ -58,7 +59,6 @@ from gossip_hvd.tensorflow.functions import (
     average_variables,
     barrier,
     broadcast_object,
-    broadcast_variables,
     gossip_of,
     join,
 )

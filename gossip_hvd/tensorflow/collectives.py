@@ -6,13 +6,15 @@ Gradients flow as Horovod's do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
+import numpy as np
 import tensorflow as tf
 
 from gossip_hvd import session
+from gossip_hvd.tensorflow import functions
 from gossip_hvd.tensorflow.memory import native
 from gossip_hvd.tensorflow.operations import horovod_answers, named, world_operation
 
@@ -177,6 +179,34 @@ def broadcast_(
         value = broadcast(variable, root_rank, name and f"{name}.{i}", process_set=process_set)
         native(variable).assign(value)
     return [native(variable).read_value() for variable in variables]
+
+
+def broadcast_variables(
+    variables: Iterable[Any], root_rank: int, process_set: Any = None, inplace: bool = False
+) -> None:
+    """As ``functions.broadcast_variables``, which it calls, but also while a graph is traced.
+
+    Args:
+        variables: the same on all ranks.
+        root_rank: world rank that has the values to keep.
+        process_set: Horovod's argument; the whole world takes part.
+        inplace: Horovod's argument; variables are always overwritten.
+    """
+    if tf.executing_eagerly():
+        functions.broadcast_variables(variables, root_rank)
+        return
+    natives = [native(variable) for variable in variables]
+
+    def finish(*_: Any) -> Any:
+        functions.settle()
+        return np.int32(0)
+
+    # The values order it behind what the graph has done to the variables so far.
+    held = [variable.read_value() for variable in natives]
+    with tf.control_dependencies([tf.numpy_function(finish, held, tf.int32, stateful=True)]):
+        values = [broadcast(variable.read_value(), root_rank) for variable in natives]
+    for variable, value in zip(natives, values, strict=True):
+        variable.assign(value)
 
 
 def alltoall(

@@ -37,13 +37,18 @@ def broadcast_variables(
     for i, variable in enumerate(variables):
         facts[f"variable {i}"] = f"{tuple(variable.shape)} {_name(variable.dtype)}"
     require_agreement(world, "broadcast_variables", facts)
-    for gossip in running():
-        if isinstance(gossip, VariablesGossip) and gossip.begun:
-            gossip.drain()
+    settle()
     for variable in variables:
         values = np.array(_values(variable), copy=True, order="C")
         world.broadcast(values.reshape(-1).view(np.uint8), root_rank, "broadcast_variables")
         variable.assign(values)
+
+
+def settle() -> None:
+    """Finish every exchange in flight: the weights are about to be set from outside."""
+    for gossip in running():
+        if isinstance(gossip, VariablesGossip) and gossip.begun:
+            gossip.drain()
 
 
 def average_variables(variables: Sequence[Any]) -> None:

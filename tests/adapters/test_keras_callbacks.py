@@ -251,6 +251,15 @@ def test_the_best_model_is_saved_by_rank_0_alone(me: Rank) -> None:
 
 @on_ranks(on(BOTH, [Job(4), *BOTH_SCOPES]))
 def test_going_on_from_a_checkpoint_is_exact(me: Rank) -> None:
+    check_going_on(me, timing="awc", seed=3)
+
+
+@on_ranks(on(BOTH, [Job(4)]))
+def test_going_on_is_exact_for_methods_with_arrays_of_their_own(me: Rank) -> None:
+    check_going_on(me, method="slowmo")
+
+
+def check_going_on(me: Rank, **options) -> None:
     folder = shared(me, "checkpoint")
 
     def run(epochs: int, into: Path) -> np.ndarray:
@@ -264,7 +273,7 @@ def test_going_on_from_a_checkpoint_is_exact(me: Rank) -> None:
                 LAYERS.Dense(CLASSES),
             ]
         )
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), timing="awc", seed=3)
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), **options)
         compiled(optimizer, model)
         x, y = data(me.rank)
         checkpoint = hvd.callbacks.GossipCheckpoint(into, keep=5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import keras
 import numpy as np
 import pytest
 
 import gossip_hvd.keras as hvd
 from gossip_hvd.errors import ConfigError
+from gossip_hvd.methods import METHODS
 from keras_models import (
     BOTH,
     CLASSES,
@@ -29,6 +32,7 @@ from ranks import ALONE, BOTH_SCOPES, Job, on_ranks
 
 EVERYWHERE = on(BOTH, [*ALONE, Job(2), Job(2, "node", 2), *BOTH_SCOPES, Job(5, "node", 2), Job(5)])
 PAIRS = on(BOTH, BOTH_SCOPES)
+ONE_SCOPE = on(BOTH, BOTH_SCOPES[:1])
 TENSORFLOW = on(BOTH[:1], BOTH_SCOPES)
 
 OPTIMIZERS = [
@@ -126,18 +130,43 @@ def test_allreduce_equals_numpy(me: Rank) -> None:
     check_by_hand(me, "allreduce")
 
 
-@on_ranks(PAIRS)
-def test_every_stock_optimizer(me: Rank) -> None:
-    assert len(OPTIMIZERS) >= 11
-    for name in OPTIMIZERS:
+def check_optimizers(me: Rank, names: list[str]) -> None:
+    for name in names:
         plain = getattr(keras.optimizers, name)()
         kind = type(plain)
         optimizer = hvd.DistributedOptimizer(plain)
         assert optimizer is plain
         assert isinstance(optimizer, getattr(keras.optimizers, name))
         assert type(optimizer).__name__ == kind.__name__
+        again = type(optimizer).from_config(optimizer.get_config())
+        assert type(again) is kind
         nodes = assert_nodes_agree(me, trained(me, optimizer))
         assert not differ(nodes), name
+
+
+@on_ranks(ONE_SCOPE)
+def test_stock_optimizers_first_part(me: Rank) -> None:
+    assert len(OPTIMIZERS) >= 11
+    check_optimizers(me, OPTIMIZERS[::3])
+
+
+@on_ranks(ONE_SCOPE)
+def test_stock_optimizers_second_part(me: Rank) -> None:
+    check_optimizers(me, OPTIMIZERS[1::3])
+
+
+@on_ranks(ONE_SCOPE)
+def test_stock_optimizers_third_part(me: Rank) -> None:
+    check_optimizers(me, OPTIMIZERS[2::3])
+
+
+@on_ranks(ONE_SCOPE)
+def test_an_optimizer_of_several(me: Rank) -> None:
+    kinds = [keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.01)]
+    several = keras.optimizers.MultiOptimizer(lambda v: kinds[v.path.endswith("kernel")])
+    model = trained(me, hvd.DistributedOptimizer(several))
+    assert not differ(assert_nodes_agree(me, model))
+    assert model.optimizer.gossip.round == 4
 
 
 @on_ranks(on(BOTH, [Job(4)]))
@@ -293,6 +322,63 @@ def test_overlapped_rounds_on_a_narrow_wire(me: Rank) -> None:
     model.optimizer.gossip.drain()
     assert_nodes_agree(me, model)
     assert model.optimizer.gossip.round == 12
+
+
+class Waits(LAYERS.Layer):
+    """Waits in the forward pass until the exchange in flight has arrived."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gossip = None
+        self.seen: list[bool] = []
+
+    def look(self) -> np.ndarray:
+        engine = self.gossip.engine if self.gossip and self.gossip.begun else None
+        flight = None if engine is None else engine._flying
+        if flight is not None:
+            until = time.monotonic() + 20.0
+            while not flight.arrived and time.monotonic() < until:
+                time.sleep(0.001)
+            self.seen.append(flight.arrived)
+        return np.float32(0.0)
+
+    def call(self, x):
+        if backend() == "torch":
+            return x + float(self.look())
+        return x + tf().numpy_function(self.look, [], "float32")
+
+
+def tf():
+    import tensorflow
+
+    return tensorflow
+
+
+@on_ranks(on(BOTH, [Job(4), Job(4, "node", 2)]))
+def test_bytes_travel_while_the_graph_computes(me: Rank) -> None:
+    wait = Waits()
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([LAYERS.Input((FEATURES,)), LAYERS.Dense(CLASSES), wait])
+    optimizer = sgd(timing="awc")
+    object.__setattr__(wait, "gossip", optimizer.gossip)
+    x, y = data(me.rank)
+    compiled(optimizer, model).fit(x, y, batch_size=8, epochs=2, verbose=0)
+    assert wait.seen == [True] * 7
+
+
+@on_ranks(on(BOTH, [Job(4)]))
+def test_every_method_runs(me: Rank) -> None:
+    for name in sorted(METHODS):
+        for optimizer in (keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.1, momentum=0.9)):
+            try:
+                wrapped = hvd.DistributedOptimizer(optimizer, method=name)
+            except ConfigError as error:
+                assert name in str(error)
+                continue
+            model = trained(me, wrapped)
+            wrapped.gossip.drain()
+            assert np.isfinite(values(model)).all(), name
+            assert_nodes_agree(me, model)
 
 
 @on_ranks(PAIRS)

@@ -85,6 +85,32 @@ def test_keras_variables_are_tensors_too(me: Rank) -> None:
 
 
 @on_ranks(PAIRS)
+def test_variables_are_broadcast_inside_a_graph(me: Rank) -> None:
+    """As Horovod's own TensorFlow 2 example does it, behind the first update."""
+    model = network()
+    model.set_weights([w + me.rank for w in model.get_weights()])
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    x, y = data(me.rank)
+
+    @tf.function
+    def step(images, labels, first: bool):
+        with tf.GradientTape() as tape:
+            loss = LOSS(labels, model(images, training=True))
+        tape = hvd.DistributedGradientTape(tape, timing="awc")
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        if first:
+            hvd.broadcast_variables(model.variables, root_rank=0)
+            hvd.broadcast_variables(optimizer.variables, root_rank=0)
+
+    step(tf.constant(x[:8]), tf.constant(y[:8]), True)
+    assert not differ(me.gather(values(model)))
+    step(tf.constant(x[8:16]), tf.constant(y[8:16]), False)
+    hvd.gossip_of(model.trainable_variables).drain()
+    assert_nodes_agree(me, model)
+
+
+@on_ranks(PAIRS)
 def test_gradients_flow_as_horovods_do(me: Rank) -> None:
     x = tf.Variable([1.0 + me.rank, 2.0])
     with tf.GradientTape() as tape:

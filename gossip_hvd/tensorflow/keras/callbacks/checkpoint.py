@@ -65,8 +65,9 @@ class GossipCheckpoint(Callback):
         final = self.directory / f"epoch-{epoch:05d}"
         draft = self.directory / f"{final.name}.draft"
         draft.mkdir(parents=True, exist_ok=True)
+        held = {str(i): _raw(v) for i, v in enumerate(self._variables())}
         with (draft / f"rank{world.rank}.npz").open("wb") as file:
-            np.savez(file, **{str(i): _raw(v) for i, v in enumerate(self._variables())})
+            np.savez(file, **held, **_arrays(gossip))
         world.barrier("GossipCheckpoint")
         if world.rank == 0:
             (draft / "job.json").write_text(json.dumps(self._job(epoch), indent=1) + "\n")
@@ -100,16 +101,19 @@ class GossipCheckpoint(Callback):
             )
         with np.load(folder / f"rank{world.rank}.npz") as held:
             variables = self._variables()
-            if len(held.files) != len(variables):
+            numbered = [name for name in held.files if name.isdigit()]
+            if len(numbered) != len(variables):
                 raise ConfigError(
-                    f"{folder}: it holds {len(held.files)} variables, model and optimizer have "
+                    f"{folder}: it holds {len(numbered)} variables, model and optimizer have "
                     f"{len(variables)}. Build the same model with the same optimizer."
                 )
             for i, variable in enumerate(variables):
-                variable.assign(held[str(i)].view(_raw(variable).dtype))
-        gossip = gossip_of(self.model)
-        if gossip is not None and job["gossip"] is not None:
-            self._set(gossip, job["gossip"])
+                variable.assign(held[str(i)].view(np.asarray(variable.numpy()).dtype))
+            gossip = gossip_of(self.model)
+            if gossip is not None and job["gossip"] is not None:
+                self._set(gossip, job["gossip"])
+                for name, array in _arrays(gossip).items():
+                    np.copyto(array, held[name])
         # Where Keras's own BackupAndRestore tells fit in which epoch to begin.
         self.model._initial_epoch = job["epoch"] + 1
 
@@ -121,6 +125,7 @@ class GossipCheckpoint(Callback):
             numbers = {
                 "round": engine.number,
                 "sequence": engine._sequence,
+                "begun": engine.begun,
                 "state": asdict(engine.state),
             }
         nodes = session.current().cluster.nodes
@@ -130,6 +135,7 @@ class GossipCheckpoint(Callback):
         self.model.optimizer.begin()
         engine = gossip.engine
         engine.number, engine._sequence = numbers["round"], numbers["sequence"]
+        engine.begun = numbers["begun"]
         engine.state = restored(engine.state, numbers["state"])
 
     def _variables(self) -> list[Any]:
@@ -140,6 +146,15 @@ class GossipCheckpoint(Callback):
     def _checkpoints(self) -> list[Path]:
         """The complete ones, oldest first."""
         return sorted(p.parent for p in self.directory.glob("epoch-[0-9]*[0-9]/job.json"))
+
+
+def _arrays(gossip: Any) -> dict[str, Any]:
+    """The method's own arrays on this rank, by a name that no variable has."""
+    if gossip is None or not gossip.begun:
+        return {}
+    seat = gossip.engine.seat
+    kinds = {"array": seat.arrays, "replica": seat.replicas}
+    return {f"{kind}:{name}": a for kind, every in kinds.items() for name, a in every.items()}
 
 
 def _raw(variable: Any) -> Any:
