@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.race.__main__ import RESULTS
 from benchmarks.race.contenders import CONTENDERS
 from benchmarks.race.launch import ROOT, Bench, launch
-from benchmarks.testbed import NAME, NETWORK, Testbed, TestbedError
+from benchmarks.testbed import NAME, NETWORK, Testbed, TestbedError, die_tidily
 
 EVENTS = ROOT / "build" / "profile_step"
 OUT, IN, MIX = "#3b6ea8", "#d98032", "#2e8b57"
@@ -208,6 +208,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    die_tidily()
     try:
         sys.exit(main())
     except TestbedError as error:

@@ -158,10 +158,12 @@ def shutdown() -> None:
     if session is None:
         return
     atexit.unregister(shutdown)
-    # Another rank may still evaluate or save for long: wait with patience, then finish together.
-    session.world.barrier("shutdown", setting("SHUTDOWN_TIMEOUT"))
+    # Another rank may still evaluate or save for long: wait with patience. Rounds that this rank
+    # owes come first, since others may be waiting for them before they come here.
+    session.world.limit = setting("SHUTDOWN_TIMEOUT")
     for closer in session.closers:
         closer()
+    session.world.barrier("shutdown")
     session.operations.close()
     # A fast rank may not close Horovod or MPI under a slow one.
     session.world.barrier("shutdown")

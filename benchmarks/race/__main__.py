@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks.race.contenders import CONTENDERS, LIMIT, Contender
 from benchmarks.race.launch import ROOT, Bench, ContenderError, launch, timed
 from benchmarks.race.report import Race, plot, table
-from benchmarks.testbed import NAME, NETWORK, Testbed, TestbedError, refusal
+from benchmarks.testbed import NAME, NETWORK, Testbed, TestbedError, die_tidily, refusal
 
 RESULTS = ROOT / "benchmarks" / "results"
 CALM = "calm"
@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    die_tidily()
     try:
         sys.exit(main())
     except TestbedError as error:

@@ -7,10 +7,12 @@ gradients appear one after the other as a real model's do while two cores carry 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
 import resource
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +115,7 @@ class Lane:
     @classmethod
     def parse(cls, add: Callable[[argparse.ArgumentParser], object] | None = None) -> Lane:
         """From the command line; ``add`` may add a program's own options."""
+        faulthandler.register(signal.SIGUSR1)  # says where a rank stands that does not come home
         parser = argparse.ArgumentParser()
         parser.add_argument("--out", type=Path, required=True, help="folder for one JSON a rank")
         parser.add_argument("--steps", type=int, default=40)

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,15 @@ def refusal() -> str | None:
     if probe.returncode:
         return f"this machine allows no new network namespaces ({probe.stderr.strip()})."
     return None
+
+
+def die_tidily() -> None:
+    """Let SIGTERM unwind the stack, as SIGINT does, so that hosts are taken down."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 class Testbed:

@@ -10,7 +10,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from benchmarks.race.model import Lane
 
 
-def bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def bf16(
+    group: Any,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
     """PyTorch's own hook, which DDP refuses by its name where there is no NCCL; gloo can do it."""
     return default_hooks.bf16_compress_hook(group, bucket)
 
