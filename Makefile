@@ -28,8 +28,11 @@ demo: setup  ## train on a few ranks of this machine and watch the nodes gossip
 demo-keras: setup  ## the same with Keras on TensorFlow
 	@$(IN_VENV) .venv/bin/python examples/demo.py keras_digits.py
 
-test: setup  ## run all tests
+test: setup  ## run the tests
 	$(IN_VENV) .venv/bin/python -m pytest $(ARGS)
+
+test-all: setup  ## run those of adapters in progress too: Keras, TensorFlow, Lightning, Accelerate
+	$(IN_VENV) GOSSIP_TESTS=all .venv/bin/python -m pytest $(ARGS)
 
 lint: setup  ## check style and types
 	.venv/bin/ruff format --check .
