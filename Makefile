@@ -14,7 +14,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 export TF_ENABLE_ONEDNN_OPTS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-keras test lint clean
+.PHONY: help setup demo demo-keras test test-all lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
