@@ -39,9 +39,7 @@ class Gather:
                     self._mine[grid, slot, cell.index] = cell
                 else:
                     receives.append(self._message(holder, grid, slot, cell))
-        self._exchange = Exchange(
-            seat.wire, sequence, 0, receives, gated=False, record=seat.record
-        )
+        self._exchange = Exchange(seat.wire, sequence, 0, receives, gated=False, record=seat.record)
 
     @property
     def done(self) -> bool:

@@ -85,7 +85,14 @@ def launch(
     started = time.monotonic()
     job = subprocess.Popen(
         [*command, *arguments],
-        env={**os.environ, **QUIET, "PATH": binaries, "PYTHONPATH": path, **(environ or {}), MARK: mark},
+        env={
+            **os.environ,
+            **QUIET,
+            "PATH": binaries,
+            "PYTHONPATH": path,
+            **(environ or {}),
+            MARK: mark,
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

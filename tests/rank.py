@@ -1,4 +1,4 @@
-"""What one rank of a shared launch does: run the listed checks in order, and write down how each went."""
+"""What one rank of a shared launch does: run the listed checks in order, write how each went."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from ranks import ADAPTERS, PATIENCE, Job
 
 from gossip_hvd import session
 from gossip_hvd.transport import mpi
-from ranks import ADAPTERS, PATIENCE, Job
 
 
 class Rank:
@@ -78,7 +78,9 @@ def run(entry: dict[str, Any], comm: Any) -> str:
     start_afresh(job.adapter)
     try:
         if not test.bare:
-            importlib.import_module(ADAPTERS[job.adapter][0]).init(horovod_scope=job.scope, node_size=job.node_size)
+            importlib.import_module(ADAPTERS[job.adapter][0]).init(
+                horovod_scope=job.scope, node_size=job.node_size
+            )
         test.body(Rank(job, comm))
         session.shutdown()
     except BaseException:

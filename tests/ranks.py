@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from launch import Outcome, launch
 
 PATIENCE = 150.0
@@ -130,9 +129,7 @@ def _run(ranks: int, environ: dict[str, str], todo: list[dict[str, Any]]) -> dic
     return verdicts
 
 
-def _read(
-    folder: str, ranks: int, todo: list[dict[str, Any]], outcome: Outcome
-) -> dict[str, str]:
+def _read(folder: str, ranks: int, todo: list[dict[str, Any]], outcome: Outcome) -> dict[str, str]:
     """Verdicts of all checks that were run; those after a failure were not."""
     said: list[dict[str, str]] = []
     for rank in range(ranks):

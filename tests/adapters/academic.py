@@ -1,4 +1,4 @@
-"""The academic version: a whole job in one process, each node one replica that sees all its data."""
+"""The academic version: a whole job in one process, each node one replica with all its data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rank import Rank
 
 import gossip_hvd.torch as hvd
-from rank import Rank
 
 Made = tuple[torch.nn.Module, torch.optim.Optimizer]
 Body = Callable[[torch.nn.Module, Any, torch.Tensor, torch.Tensor], object]
@@ -69,7 +69,9 @@ def academic(
     for step in range(steps):
         for ranks, replica, optimizer in zip(nodes, models, optimizers, strict=True):
             data = [batch(rank, step, dtype, features, targets) for rank in ranks]
-            body(replica, optimizer, torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
+            body(
+                replica, optimizer, torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+            )
         if mix:
             with torch.no_grad():
                 for every in zip(*(m.parameters() for m in models), strict=True):

@@ -8,10 +8,10 @@ from typing import Any
 
 import keras
 import numpy as np
-
-import gossip_hvd.keras as hvd
 from rank import Rank
 from ranks import Job
+
+import gossip_hvd.keras as hvd
 
 FEATURES, CLASSES = 6, 3
 LAYERS = keras.layers

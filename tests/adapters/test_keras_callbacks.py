@@ -9,9 +9,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-
-import gossip_hvd.keras as hvd
-from gossip_hvd.errors import ConfigError
 from keras_models import (
     BOTH,
     CLASSES,
@@ -29,6 +26,9 @@ from keras_models import (
 )
 from rank import Rank
 from ranks import BOTH_SCOPES, Job, on_ranks
+
+import gossip_hvd.keras as hvd
+from gossip_hvd.errors import ConfigError
 
 PAIRS = on(BOTH, BOTH_SCOPES)
 FOUR = on(BOTH, [Job(4), Job(5, "node", 2)])

@@ -7,10 +7,6 @@ import time
 import keras
 import numpy as np
 import pytest
-
-import gossip_hvd.keras as hvd
-from gossip_hvd.errors import ConfigError
-from gossip_hvd.methods import METHODS
 from keras_models import (
     BOTH,
     CLASSES,
@@ -29,6 +25,10 @@ from keras_models import (
 )
 from rank import Rank
 from ranks import ALONE, BOTH_SCOPES, Job, on_ranks
+
+import gossip_hvd.keras as hvd
+from gossip_hvd.errors import ConfigError
+from gossip_hvd.methods import METHODS
 
 EVERYWHERE = on(BOTH, [*ALONE, Job(2), Job(2, "node", 2), *BOTH_SCOPES, Job(5, "node", 2), Job(5)])
 PAIRS = on(BOTH, BOTH_SCOPES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from launch import launch
 
 PROGRAM = Path(__file__).with_name("keras_uneven.py")

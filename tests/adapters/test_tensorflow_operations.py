@@ -8,12 +8,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-
-import gossip_hvd.tensorflow as hvd
-from gossip_hvd.errors import ConfigError
 from keras_models import CLASSES, assert_nodes_agree, data, differ, network, values
 from rank import Rank
 from ranks import ALONE, BOTH_SCOPES, Job, on_ranks
+
+import gossip_hvd.tensorflow as hvd
+from gossip_hvd.errors import ConfigError
 
 PAIRS = [replace(job, adapter="tensorflow") for job in BOTH_SCOPES]
 SOME = [replace(job, adapter="tensorflow") for job in [*ALONE, Job(2), Job(5, "node", 2)]]

@@ -7,10 +7,10 @@ import os
 import horovod.torch as horovod
 import pytest
 import torch
-
-import gossip_hvd.torch as hvd
 from rank import Rank
 from ranks import ALL, ALONE, BOTH_SCOPES, Job, on_ranks
+
+import gossip_hvd.torch as hvd
 
 QUESTIONS = (
     hvd.rank,

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-
-import gossip_hvd.torch as hvd
 from rank import Rank
 from ranks import ALL, BOTH_SCOPES, ODD, UNEVEN, Job, on_ranks
+
+import gossip_hvd.torch as hvd
 
 MANY = [Job(1), Job(1, "world"), Job(2), *BOTH_SCOPES, *UNEVEN[:2]]
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -51,7 +51,9 @@ def test_allreduce_averages_by_default(me: Rank) -> None:
             hvd.allreduce(small(me, dtype), average=True),
         ):
             torch.testing.assert_close(result, expected.to(dtype), **close)
-    assert torch.equal(hvd.allreduce(small(me), average=False), every(me, torch.float32).sum(0).float())
+    assert torch.equal(
+        hvd.allreduce(small(me), average=False), every(me, torch.float32).sum(0).float()
+    )
 
 
 @on_ranks(MANY)
@@ -67,10 +69,14 @@ def test_allreduce_takes_tensors_of_every_shape(me: Rank) -> None:
     assert (total.shape, total.item()) == ((), sum(range(me.size)))
     slanted = small(me).t()
     assert not slanted.is_contiguous()
-    assert torch.equal(hvd.allreduce(slanted, op=hvd.Sum), every(me, torch.float32).sum(0).float().t())
+    assert torch.equal(
+        hvd.allreduce(slanted, op=hvd.Sum), every(me, torch.float32).sum(0).float().t()
+    )
     assert hvd.allreduce(torch.empty(0, 3)).shape == (0, 3)
     weight = torch.nn.Parameter(small(me))
-    assert torch.equal(hvd.allreduce(weight, op=hvd.Sum).detach(), every(me, torch.float32).sum(0).float())
+    assert torch.equal(
+        hvd.allreduce(weight, op=hvd.Sum).detach(), every(me, torch.float32).sum(0).float()
+    )
 
 
 @on_ranks(MANY)
@@ -100,7 +106,12 @@ def test_broadcast_gives_everyone_the_roots_tensor(me: Rank) -> None:
 @on_ranks(MANY)
 def test_objects_travel(me: Rank) -> None:
     root = me.size - 1
-    sent = {"rank": me.rank, "list": [1, (2, "three")], "nothing": None, "long": "x" * (me.rank + 1)}
+    sent = {
+        "rank": me.rank,
+        "list": [1, (2, "three")],
+        "nothing": None,
+        "long": "x" * (me.rank + 1),
+    }
     got = hvd.broadcast_object(sent, root_rank=root)
     assert got == {**sent, "rank": root, "long": "x" * (root + 1)}
     assert hvd.broadcast_object("hello" if me.rank == 0 else None, 0, name="greeting") == "hello"
@@ -157,13 +168,16 @@ def test_broadcast_parameters_makes_models_equal(me: Rank) -> None:
 def test_broadcast_parameters_reaches_a_model_in_training(me: Rank) -> None:
     torch.manual_seed(me.rank)
     model = torch.nn.Linear(3, 2)
-    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters()
+    )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     start = hvd.broadcast(model.weight, 0)
     assert torch.equal(model.weight, start)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    # Everyone had the same gradient, so gossip changes nothing.
+    # All had the same gradient; uneven nodes weigh it, and the mean over them is the plain step.
+    optimizer.gossip.average_parameters()
     torch.testing.assert_close(model.weight, start - 0.1)
 
 
@@ -173,7 +187,8 @@ def trained(kind: str, seed: int, steps: int) -> tuple[torch.nn.Module, torch.op
     makers = {
         "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
         "adam": lambda: torch.optim.AdamW(
-            [{"params": [model.weight], "lr": 0.1 + seed}, {"params": [model.bias]}], weight_decay=0.3
+            [{"params": [model.weight], "lr": 0.1 + seed}, {"params": [model.bias]}],
+            weight_decay=0.3,
         ),
         "rprop": lambda: torch.optim.Rprop(model.parameters(), lr=0.1),
         "lbfgs": lambda: torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2),
@@ -252,7 +267,9 @@ def test_average_parameters_is_the_exact_mean(me: Rank) -> None:
         wide = torch.complex128 if mine.is_complex() else torch.float64
         mean = torch.stack([v.to(wide) for v in values]).mean(0).to(mine.dtype)
         eps = torch.finfo(mine.dtype).eps
-        torch.testing.assert_close(mine.detach(), mean, rtol=eps, atol=eps, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            mine.detach(), mean, rtol=eps, atol=eps, msg=lambda m, name=name: f"{name}: {m}"
+        )
     for name, mine in model.named_buffers():
         assert torch.equal(mine, dict(others[me.rank].named_buffers())[name]), name
 
@@ -276,7 +293,9 @@ def test_average_parameters_takes_buffers_on_request(me: Rank) -> None:
 def test_average_parameters_and_consensus_distance_in_training(me: Rank) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.3), model.named_parameters())
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.3), model.named_parameters()
+    )
     random = torch.Generator().manual_seed(me.rank)
     for _ in range(3):
         optimizer.zero_grad()

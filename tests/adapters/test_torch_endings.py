@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from launch import ROOT, Outcome, launch
 
 TRAIN = """
@@ -91,7 +90,10 @@ def test_one_rank_that_is_killed_ends_the_job() -> None:
 
 @pytest.mark.xfail(reason="sys.excepthook never hears of SystemExit; the others wait for the limit")
 def test_one_rank_that_exits_ends_the_job() -> None:
-    ends("train(4000, 20, lambda: sys.exit(3), node_size=1)", environ={"GOSSIP_HVD_STALL_TIMEOUT": "30"})
+    ends(
+        "train(4000, 20, lambda: sys.exit(3), node_size=1)",
+        environ={"GOSSIP_HVD_STALL_TIMEOUT": "30"},
+    )
 
 
 def test_one_rank_that_raises_before_training_ends_the_job() -> None:
@@ -179,7 +181,9 @@ except hvd.ConfigError as error:
 
 def test_a_job_that_forgets_shutdown_ends_well() -> None:
     for launcher, ranks in (("mpirun", 4), ("horovodrun", 2), ("python", 1)):
-        outcome = launch(TRAIN + "train(20, node_size=1)\nprint('end', hvd.rank())", ranks, launcher=launcher)
+        outcome = launch(
+            TRAIN + "train(20, node_size=1)\nprint('end', hvd.rank())", ranks, launcher=launcher
+        )
         assert outcome.code == 0, outcome.text
         assert all(f"end {rank}" in outcome.out for rank in range(ranks))
         assert outcome.left == ()

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-
-import gossip_hvd.torch as hvd
 from academic import batch, mlp, plain, sgd, vector
 from rank import Rank
 from ranks import ALONE, BOTH_SCOPES, Job, on_ranks
+
+import gossip_hvd.torch as hvd
 
 ODD_ONE = 2
 """The rank whose settings differ."""
@@ -220,4 +220,6 @@ def test_parameters_that_cannot_be_averaged_are_named(me: Rank) -> None:
     model = torch.nn.Module()
     model.tiny = torch.nn.Parameter(torch.zeros(4, dtype=torch.float8_e4m3fn))
     with pytest.raises(hvd.ConfigError, match=r"'tiny' is torch\.float8_e4m3fn"):
-        hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+        hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters()
+        )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import horovod.torch as horovod
 import numpy as np
 import pytest
 import torch
-
-import gossip_hvd.torch as hvd
-import horovod.torch as horovod
 from academic import assert_as_academic, assert_nodes_equal, batch, mlp, plain, sgd, vector
-from gossip_hvd.node import Cluster
-from gossip_hvd.simulate import Simulation
 from rank import Rank
 from ranks import ALL, BOTH_SCOPES, ODD, PAIRS, UNEVEN, Job, on_ranks
+
+import gossip_hvd.torch as hvd
+from gossip_hvd.node import Cluster
+from gossip_hvd.simulate import Simulation
 
 VARIANTS = (
     {"method": "crossover"},
@@ -134,7 +134,9 @@ def test_uneven_nodes_follow_the_mean_over_ranks(me: Rank) -> None:
     torch.testing.assert_close(vector(model), vector(replica), rtol=1e-12, atol=1e-12)
 
 
-def horovods(me: Rank, dtype: torch.dtype, steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def horovods(
+    me: Rank, dtype: torch.dtype, steps: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Weights and momentum after training with Horovod's own DistributedOptimizer."""
     hvd.init(horovod_scope="world", node_size=me.size)
     model = mlp(dtype)
@@ -145,7 +147,9 @@ def horovods(me: Rank, dtype: torch.dtype, steps: int) -> tuple[list[torch.Tenso
     return outcome(model, optimizer)
 
 
-def outcome(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def outcome(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     parameters = list(model.parameters())
     momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in parameters]
     return [p.detach().clone() for p in parameters], momenta
@@ -185,13 +189,27 @@ SIMULATED = tuple(
 )
 
 
-@on_ranks([Job(1), Job(2), Job(4), Job(5), Job(5, "world"), Job(4, "node", 2), Job(4, "world", 2), *UNEVEN[:2]])
+@on_ranks(
+    [
+        Job(1),
+        Job(2),
+        Job(4),
+        Job(5),
+        Job(5, "world"),
+        Job(4, "node", 2),
+        Job(4, "world", 2),
+        *UNEVEN[:2],
+    ]
+)
 def test_mpi_equals_the_memory_transport_bit_for_bit(me: Rank) -> None:
     for number, options in enumerate(SIMULATED):
         model = mlp(torch.float32)
         # A power of two keeps torch's fused multiply-add from rounding otherwise than NumPy.
         optimizer = hvd.DistributedOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.25), model.named_parameters(), seed=9, **options
+            torch.optim.SGD(model.parameters(), lr=0.25),
+            model.named_parameters(),
+            seed=9,
+            **options,
         )
         gossip = optimizer.gossip
         layout, parameters = gossip.layout, dict(model.named_parameters())

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-import gossip_hvd.torch as hvd
 from academic import (
     assert_as_academic,
     assert_nodes_equal,
@@ -27,6 +25,8 @@ from academic import (
 )
 from rank import Rank
 from ranks import BOTH_SCOPES, ONE_NODE, Job, on_ranks
+
+import gossip_hvd.torch as hvd
 
 FEW = [Job(1), Job(2), *BOTH_SCOPES]
 TWO_BY_TWO = BOTH_SCOPES

@@ -111,13 +111,13 @@ def fitted(method: Method, optimizer: Any) -> Method:
     """
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     made = method.fitted(type(inner).__name__)
-    if made.needs_rate and isinstance(inner, keras.optimizers.SGD):
-        if MOMENTUM in (*made.writes, *made.reads):
-            raise ConfigError(
-                f"method {made.name!r} computes with SGD's momentum, and Keras's SGD keeps it "
-                "multiplied by the learning rate. Use Adam or AdamW, or PyTorch's own SGD with "
-                "gossip_hvd.torch."
-            )
+    momentum = MOMENTUM in (*made.writes, *made.reads)
+    if momentum and made.needs_rate and isinstance(inner, keras.optimizers.SGD):
+        raise ConfigError(
+            f"method {made.name!r} computes with SGD's momentum, and Keras's SGD keeps it "
+            "multiplied by the learning rate. Use Adam or AdamW, or PyTorch's own SGD with "
+            "gossip_hvd.torch."
+        )
     if made.needs_rate and isinstance(inner, keras.optimizers.MultiOptimizer):
         raise ConfigError(
             f"method {made.name!r} needs the learning rate, and a MultiOptimizer has several."
