@@ -109,8 +109,8 @@ class GossipStrategy(ParallelStrategy):  # type: ignore[misc]
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.model_to_device()
-        assert self.model is not None
-        self.model = self.precision_plugin.convert_module(self.model)
+        assert self.model is not None  # type: ignore[has-type]
+        self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[has-type]
         hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)

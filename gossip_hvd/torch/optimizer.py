@@ -269,7 +269,7 @@ class TorchGossip(Gossip):
         if self.options.progress == "hooks":
             for parameter in parameters:
                 if id(parameter) not in self._polling:
-                    hook = parameter.register_post_accumulate_grad_hook(lambda _: self.poll())
+                    hook = parameter.register_post_accumulate_grad_hook(lambda _: self.poll())  # type: ignore[no-untyped-call]
                     self._polling[id(parameter)] = hook
 
     def _rebuild(self) -> None:

@@ -89,7 +89,7 @@ class NodeReduction:
         """Hook parameters that want gradients and have no hook yet; cheap to call often."""
         for parameter in self.parameters:
             if parameter.requires_grad and id(parameter) not in self._hooked:
-                hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
                 self._hooked[id(parameter)] = hook
 
     def remove(self) -> None:

@@ -35,6 +35,9 @@ PAIRS = on(BOTH, BOTH_SCOPES)
 ONE_SCOPE = on(BOTH, BOTH_SCOPES[:1])
 TENSORFLOW = on(BOTH[:1], BOTH_SCOPES)
 
+NOT_WITH_EVERY_OPTIMIZER = {"decentlam", "quasi_global", "schedule"}
+"""They compute with SGD's momentum, which Keras keeps in another form; a schedule needs methods."""
+
 OPTIMIZERS = [
     name
     for name in dir(keras.optimizers)
@@ -63,9 +66,9 @@ def test_ranks_of_a_node_hold_the_same_bits_after_fit(me: Rank) -> None:
 def test_without_reduction_the_same_check_fails(me: Rank) -> None:
     """The silent failure of Horovod under Keras 3, which trains each rank for itself."""
     model = trained(me, keras.optimizers.Adam(0.05))
+    assert differ(me.gather(values(model)))
     with pytest.raises(AssertionError):
         assert_nodes_agree(me, model)
-        raise AssertionError if differ(me.gather(values(model))) else RuntimeError
 
 
 def by_hand(me: Rank, *, everywhere: bool, steps: int) -> list[np.ndarray]:
@@ -369,17 +372,19 @@ def test_bytes_travel_while_the_graph_computes(me: Rank) -> None:
 
 @on_ranks(on(BOTH, [Job(4)]))
 def test_every_method_runs(me: Rank) -> None:
+    refused = set()
     for name in sorted(METHODS):
         for optimizer in (keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.1, momentum=0.9)):
             try:
                 wrapped = hvd.DistributedOptimizer(optimizer, method=name)
-            except ConfigError as error:
-                assert name in str(error)
+            except ConfigError:
+                refused.add((name, optimizer.name))
                 continue
             model = trained(me, wrapped)
             wrapped.gossip.drain()
             assert np.isfinite(values(model)).all(), name
             assert_nodes_agree(me, model)
+    assert {name for name, _ in refused} <= NOT_WITH_EVERY_OPTIMIZER, refused
 
 
 @on_ranks(PAIRS)
