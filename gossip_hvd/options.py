@@ -40,13 +40,18 @@ class EngineOptions:
     progress: str = "auto"
 
     @classmethod
+    def names(cls) -> list[str]:
+        """The options that ``take`` takes."""
+        return [f.name for f in fields(cls)]
+
+    @classmethod
     def take(cls, options: dict[str, Any]) -> EngineOptions:
         """Take the engine's own options out of ``options``, leaving the method's.
 
         Raises:
             ConfigError: for a value that does not exist or cannot work.
         """
-        taken = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options}
+        taken = {name: options.pop(name) for name in cls.names() if name in options}
         taken["seed"] = setting("SEED", taken.get("seed"))
         made = cls(**taken)
         if made.timing not in TIMINGS:

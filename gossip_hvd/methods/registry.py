@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -20,11 +21,12 @@ def registered(kind: type[M]) -> type[M]:
     return kind
 
 
-def method_of(named: str | Method, **options: Any) -> Method:
+def method_of(named: str | Method, beside: Sequence[str] = (), **options: Any) -> Method:
     """The method of that name with these options; a method object passes through.
 
     Args:
         named: a name from ``METHODS`` or a method.
+        beside: names of options that others take, for the hint of an error.
         options: the method's own options.
 
     Raises:
@@ -42,5 +44,5 @@ def method_of(named: str | Method, **options: Any) -> Method:
     known = [f.name for f in fields(kind)]
     for name in options:
         if name not in known:
-            raise unknown(f"option of method {named!r}", name, known or ["(none)"])
+            raise unknown(f"option of method {named!r}", name, [*known, *beside] or ["(none)"])
     return kind(**options)

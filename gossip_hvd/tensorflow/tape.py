@@ -78,7 +78,7 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
         process_set=process_set,
     )
     engine = EngineOptions.take(options)
-    chosen = method_of(setting("METHOD", method), **options)
+    chosen = method_of(setting("METHOD", method), EngineOptions.names(), **options)
     gradtape.__class__ = _distributed(type(gradtape))  # type: ignore[arg-type]
 
     def make() -> VariablesGossip:

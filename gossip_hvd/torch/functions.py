@@ -80,9 +80,14 @@ def broadcast_optimizer_state(
     tensors: list[torch.Tensor] = []
     text = b""
     if mine:
-        text = json.dumps(_flatten(optimizer.state_dict(), tensors, "state")).encode()
+        try:
+            text = json.dumps(_flatten(optimizer.state_dict(), tensors, "state")).encode()
+        except ConfigError as error:
+            text = json.dumps({"refused": str(error)}).encode()
     name = "broadcast_optimizer_state"
     tree = json.loads(_broadcast_bytes(text, root_rank, name, global_process_set))
+    if "refused" in tree:
+        raise ConfigError(tree["refused"])
     if not mine:
         tensors = _empty_tensors(tree)
     _broadcast_tensors([t for t in tensors if t.numel()], root_rank, f"{name}.tensors")

@@ -106,7 +106,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         _groups(named, num_groups, groups),
     )
     engine_options = EngineOptions.take(options)
-    chosen = method_of(setting("METHOD", method), **options)
+    chosen = method_of(setting("METHOD", method), EngineOptions.names(), **options)
     TorchGossip(current, optimizer, named, reduction, engine_options, chosen, segments)
     return optimizer
 
@@ -253,6 +253,7 @@ class TorchGossip(Gossip):
         # Wrapper classes whose step calls another class's step fire these hooks twice.
         self._depth -= 1
         if self._depth == 0:
+            self._reduction.used()
             self.stepped()
 
     def _build(self) -> None:
@@ -292,6 +293,7 @@ class TorchGossip(Gossip):
         @functools.wraps(plain_zero_grad)
         def zero_grad(*args: Any, **kwargs: Any) -> None:
             self.pay()
+            self._reduction.used()
             plain_zero_grad(*args, **kwargs)
 
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]

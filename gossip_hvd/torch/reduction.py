@@ -15,7 +15,7 @@ import horovod.torch as hvd
 import torch
 from torch.autograd import Variable
 
-from gossip_hvd.errors import StallError
+from gossip_hvd.errors import ConfigError, StallError
 from gossip_hvd.transport import PAUSE
 from gossip_hvd.transport.mpi import World
 
@@ -51,7 +51,8 @@ class NodeReduction:
         named: every parameter with a name unique in the model, equal on all ranks.
         options: Horovod's.
         process_set: the node's; None for a node of one rank, which has nothing to reduce.
-        scale: what every averaged gradient is multiplied by (see ``Cluster.gradient_scale``).
+        scale: what every gradient is multiplied by, as it is computed (see
+            ``Cluster.gradient_scale``).
         prefix: makes operation names unique among optimizers.
         world: who this rank is, and how long it may wait.
         completed: called at the end of each backward that completed a reduction.
@@ -71,12 +72,14 @@ class NodeReduction:
     ) -> None:
         self.options, self._process_set, self._scale = options, process_set, scale
         self._world = world
+        self._reduced: dict[int, torch.Tensor] = {}
         self.passes = options.backward_passes_per_step
         self._prefix, self._completed, self._begun = prefix, completed, begun
         self._bundles = _bundles(named, options.groups)
         self._bundle_of = {id(p): b for b in self._bundles for _, p in b.members}
         self._hooked: dict[int, Any] = {}
         self._done_passes = 0
+        self._weighing: list[Any] = []
         self._ending: Callable[[], object | None] = lambda: None
         self.hook_new()
 
@@ -91,12 +94,19 @@ class NodeReduction:
             if parameter.requires_grad and id(parameter) not in self._hooked:
                 hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
                 self._hooked[id(parameter)] = hook
+                if self._scale != 1.0:
+                    # Each new gradient once: what was reduced before may still be in ``grad``.
+                    weigh = parameter.register_hook(lambda gradient: gradient * self._scale)  # type: ignore[no-untyped-call]
+                    self._weighing.append(weigh)
 
     def remove(self) -> None:
         """Take all hooks away."""
         for hook in self._hooked.values():
             hook.remove()
+        for weigh in self._weighing:
+            weigh.remove()
         self._hooked.clear()
+        self._weighing.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -107,6 +117,10 @@ class NodeReduction:
             yield
         finally:
             self.passes, self._done_passes = passes, done
+
+    def used(self) -> None:
+        """The optimizer has stepped or cleared its gradients."""
+        self._reduced.clear()
 
     def follow(self) -> None:
         """Take part in one reduction without data: with gradients of zero."""
@@ -187,6 +201,12 @@ class NodeReduction:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradient = parameter.grad
+        if self._reduced.get(id(parameter)) is gradient:
+            raise ConfigError(
+                f"the gradient of {name!r} was summed already and has grown since: a second sum "
+                "would count its first part twice. Pass backward_passes_per_step to "
+                "DistributedOptimizer to accumulate several passes."
+            )
         if gradient.is_sparse:
             if not self.options.sparse_as_dense:
                 raise ValueError(
@@ -215,8 +235,8 @@ class NodeReduction:
                 result = self.options.compression.decompress(tensor, context)
                 if result.data_ptr() != target.data_ptr():
                     target.copy_(result)
-            if self._scale != 1.0:
-                gradient.mul_(self._scale)
+            if self.options.op == hvd.Sum:
+                self._reduced[id(parameter)] = gradient
 
     def _wait(self, handle: int, name: str) -> None:
         """As ``hvd.synchronize``, which would wait for ever."""

@@ -92,7 +92,7 @@ def test_one_rank_that_is_killed_ends_the_job() -> None:
 def test_one_rank_that_exits_ends_the_job() -> None:
     ends(
         "train(4000, 20, lambda: sys.exit(3), node_size=1)",
-        environ={"GOSSIP_HVD_STALL_TIMEOUT": "30"},
+        environ={"GOSSIP_HVD_STALL_TIMEOUT": "15"},
     )
 
 

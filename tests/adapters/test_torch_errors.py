@@ -145,10 +145,10 @@ UNKNOWN = (
     ({"method": "gossip", "topology": "rng"}, r"unknown topology 'rng'.*did you mean 'ring'\?"),
     ({"peer": "fair"}, r"unknown option of method 'crossover' 'peer'.*did you mean 'peers'\?"),
     ({"tming": "awc"}, r"unknown option.*'tming'.*did you mean 'timing'\?"),
-    ({"method": "gossip", "peers": "fair"}, r"unknown option of method 'gossip' 'peers'"),
+    ({"method": "gossip", "peer": 2}, r"unknown option of method 'gossip' 'peer'"),
     ({"staleness": 1}, "only timing='awc'"),
     ({"timing": "awc", "staleness": -1}, "staleness is 0 or more"),
-    ({"chunk_bytes": 1}, "expected 64 to"),
+    ({"chunk_bytes": 1}, "expected a multiple of 64"),
     ({"method": "allreduce", "timing": "awc"}, "does not fit method 'allreduce'"),
     ({"op": hvd.Max}, "Average or Sum"),
 )

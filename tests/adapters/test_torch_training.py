@@ -269,12 +269,30 @@ def test_two_backward_calls_on_uneven_nodes(me: Rank) -> None:
     def make(model: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
-    model, replica = mlp(), mlp()
-    optimizer = wrapped(model, make(model))
-    data = [batch(rank, 0, torch.float64, 5, 3) for rank in range(me.size)]
-    step(replica, make(replica), data)
-    step(model, optimizer, [data[me.rank]])
-    torch.testing.assert_close(vector(model), vector(replica), rtol=1e-12, atol=1e-12)
+    for method in ("crossover", "allreduce"):
+        model, replica = mlp(), mlp()
+        optimizer = wrapped(model, make(model), method=method)
+        data = [batch(rank, 0, torch.float64, 5, 3) for rank in range(me.size)]
+        step(replica, make(replica), data)
+        step(model, optimizer, [data[me.rank]])
+        torch.testing.assert_close(vector(model), vector(replica), rtol=1e-12, atol=1e-12)
+
+
+@on_ranks(TWO_BY_TWO)
+def test_gradients_that_are_summed_twice_are_refused(me: Rank) -> None:
+    for zero in ("optimizer", "model", "nobody"):
+        model = mlp()
+        optimizer = wrapped(model, op=hvd.Sum)
+        x, y = batch(me.rank, 0, torch.float64, 5, 3)
+        (model(x) - y).square().mean().backward()
+        {"optimizer": optimizer, "model": model}.get(zero, torch.nn.Identity()).zero_grad()
+        if zero == "nobody":
+            with pytest.raises(hvd.ConfigError, match=r"'2\.(bias|weight)' was summed already"):
+                (model(x) - y).square().mean().backward()
+            optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        assert_nodes_equal(me, model)
 
 
 @on_ranks(FEW)

@@ -99,7 +99,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         process_set=process_set,
     )
     engine = EngineOptions.take(options)
-    chosen = fitted(method_of(setting("METHOD", method), **options), optimizer)
+    chosen = fitted(
+        method_of(setting("METHOD", method), EngineOptions.names(), **options), optimizer
+    )
     if name is not None:
         optimizer.name = name
     accumulate(optimizer, backward_passes_per_step)
