@@ -182,7 +182,7 @@ except hvd.ConfigError as error:
 def test_a_job_that_forgets_shutdown_ends_well() -> None:
     for launcher, ranks in (("mpirun", 4), ("horovodrun", 2), ("python", 1)):
         outcome = launch(
-            TRAIN + "train(20, node_size=1)\nprint('end', hvd.rank())", ranks, launcher=launcher
+            TRAIN + "train(20, node_size=1)\nprint(f'end {hvd.rank()}')", ranks, launcher=launcher
         )
         assert outcome.code == 0, outcome.text
         assert all(f"end {rank}" in outcome.out for rank in range(ranks))

@@ -245,11 +245,11 @@ def test_mpi_equals_the_memory_transport_bit_for_bit(me: Rank) -> None:
 
             def update(node: int, values: np.ndarray, step=step, cluster=cluster) -> None:
                 ranks = cluster.nodes[node]
-                gradients = [2 * (flat(factors(rank, step)) * values) for rank in ranks]
+                scale = np.float32(cluster.gradient_scale(node))
+                gradients = [2 * (flat(factors(r, step)) * values) * scale for r in ranks]
                 mean = gradients[0]
                 if len(ranks) == 2:
                     mean = (gradients[0] + gradients[1]) * np.float32(0.5)
-                mean = mean * np.float32(cluster.gradient_scale(node))
                 values -= np.float32(0.25) * mean
 
             simulation.step(update)
