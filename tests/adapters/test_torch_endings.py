@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ EVERYWHERE = "node_size=1", "node_size=2", "node_size=2, horovod_scope='world'"
 
 
 def seconds_after_trouble(outcome: Outcome, ended: float) -> float:
-    moments = [line.split()[-1] for line in outcome.out.splitlines() if "trouble at" in line]
+    moments = re.findall(r"trouble at ([0-9.]+)", outcome.out)
     assert moments, outcome.text
     return ended - float(moments[0])
 
