@@ -46,7 +46,8 @@ EVERYWHERE = "node_size=1", "node_size=2", "node_size=2, horovod_scope='world'"
 
 
 def seconds_after_trouble(outcome: Outcome, ended: float) -> float:
-    moments = re.findall(r"trouble at ([0-9.]+)", outcome.out)
+    out = re.sub(r"\[\d+,\d+\]<stdout>:", "", outcome.out)  # a launcher's tags
+    moments = re.findall(r"trouble at ([0-9.]+)", out)
     assert moments, outcome.text
     return ended - float(moments[0])
 
