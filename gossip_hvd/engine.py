@@ -6,7 +6,7 @@ Every operation is a generator of the flights it waits for, so that a caller may
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from copy import copy
 
 import numpy as np
@@ -126,17 +126,15 @@ class Engine:
                 patient = self.owed <= self.staleness and self.method.when(self.number) == "step"
                 if patient and not self._progress.arrived(self._flying):
                     return
-            merged = yield from self._merge()
-            yield from self._round(merged)
+            yield from self._turn()
 
     def drain(self) -> Steps:
         """Run every round that is owed and land the one in flight."""
-        while self.owed or self._flying is not None:
-            merged = yield from self._merge()
-            if self.owed:
-                yield from self._round(merged)
-            elif merged is not None:
-                yield from self._settle(merged)
+        while self.owed:
+            yield from self._turn()
+        if (flight := self._land()) is not None:
+            yield from self._merge(flight)
+            yield from self._settle(flight)
 
     def discard(self) -> Steps:
         """Run what is owed and in flight, since peers wait for it; keep the weights as they are.
@@ -199,21 +197,26 @@ class Engine:
 
     # One round -------------------------------------------------------------------------------
 
-    def _round(self, merged: Flight | None) -> Steps:
-        """Post the next round; one before it that has just been merged settles under it."""
+    def _turn(self) -> Steps:
+        """Merge the flight under way and post the next round.
+
+        The next round follows cell by cell where it can: a cell whose last exchange is over has
+        the values that it will be sent with, whatever the others still wait for.
+        """
+        flight = self._land()
+        if flight is not None and flight.own_note.size:  # the next plan may depend on notes
+            yield from self._merge(flight)
         self.owed -= 1
         context = self._context()
         self.state = self.method.observe(self.state, self.number, context)
         plan = self.method.plan(self.state, self.number, self.seat.node)
         self.number += 1
         late = self.timing == "awc" and not plan.blocking and len(plan.stages) < 2
-        if merged is None:
-            self.seat.memory.load(self._slots)
-        else:
-            self.seat.memory.load(self.method.reads)
-            if not late:
-                yield from self._settle(merged)
-        flight = Flight(
+        if flight is not None and not late:
+            yield from self._merge(flight)
+            yield from self._settle(flight)
+        self.seat.memory.load(self._slots if flight is None else self.method.reads)
+        following = Flight(
             self.seat,
             self.method,
             self.state,
@@ -221,33 +224,45 @@ class Engine:
             self._next_sequence(),
             late=late,
             context=context,
+            behind=flight,
         )
-        if late:
-            self._flying = flight
-            self._progress.take(flight)
-            if merged is not None:
-                yield from self._settle(merged)
+        if not late:
+            while not following.poll():
+                yield following
+            self._finish(following)
+            self.seat.memory.save(self.method.writes)
             return
-        while not flight.poll():
-            yield flight
-        self._finish(flight)
-        self.seat.memory.save(self.method.writes)
+        if flight is not None:
+            yield from self._merge(flight, following)
+        self._flying = following
+        self._progress.take(following)
+        if flight is not None:
+            yield from self._settle(flight)
 
-    def _merge(self) -> Generator[Flight, None, Flight | None]:
-        """Merge this rank's share of the flight under way, cell by cell as it comes."""
+    def _land(self) -> Flight | None:
+        """Take back the flight under way, to merge this rank's share of it cell by cell."""
         flight = self._flying
-        if flight is None:
-            return None
-        self._progress.release(flight)
-        self._flying = None
-        self.seat.memory.load(self.method.writes)
-        flight.land()
+        if flight is not None:
+            self._progress.release(flight)
+            self._flying = None
+            self.seat.memory.load(self.method.writes)
+            flight.land()
+            if not flight.own_note.size:
+                self._finish(flight)
+        return flight
+
+    def _merge(self, flight: Flight, following: Flight | None = None) -> Steps:
+        """Wait until this rank's share is merged; the next flight follows close behind."""
         while not flight.merged:
             flight.poll()
+            if following is not None:
+                following.follow()
+                following.poll()
             if not flight.merged:
                 yield flight
+        if following is not None:
+            following.follow()
         self._finish(flight)
-        return flight
 
     def _settle(self, merged: Flight) -> Steps:
         """Wait until the node's ranks have each other's shares."""
@@ -256,6 +271,10 @@ class Engine:
         self.seat.memory.save(self.method.writes)
 
     def _finish(self, flight: Flight) -> None:
+        """Once: let the method draw its conclusions from the notes."""
+        if flight.finished:
+            return
+        flight.finished = True
         self.state = self.method.finish(self.state, flight.round, flight.own_note, flight.notes)
 
     def _mean(self, seat: Seat, slot: str, method: Method) -> Steps:

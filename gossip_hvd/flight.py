@@ -7,22 +7,21 @@ are sent from a snapshot and merged when the engine says so, in difference form.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from gossip_hvd.errors import PlanError
 from gossip_hvd.gather import Gather
+from gossip_hvd.lowering import Key, Lowered, room, travelling
 from gossip_hvd.methods.contract import Arrival, Context, Method, State
-from gossip_hvd.mixing import Array, dtype_of
+from gossip_hvd.mixing import Array
 from gossip_hvd.rounds import SHARED_SLOTS, Round, Stage, Transfer
 from gossip_hvd.seat import Seat
-from gossip_hvd.segments import ALIGN, Cell
+from gossip_hvd.segments import Cell
 from gossip_hvd.transport import Bytes
 from gossip_hvd.transport.exchange import Exchange, Message, tag_of
-
-Key = tuple[str, int]
-"""A slot and the index of a cell in the stage's grid."""
 
 
 class Flight:
@@ -36,6 +35,7 @@ class Flight:
         sequence: counts flights, equal on all ranks.
         late: True to merge only when ``land`` is called.
         context: what the adapter reported, for the method's note.
+        behind: a late flight that still uses the same memory; call ``follow`` until it is merged.
     """
 
     def __init__(
@@ -48,17 +48,21 @@ class Flight:
         *,
         late: bool = False,
         context: Context | None = None,
+        behind: Flight | None = None,
     ) -> None:
         self.seat, self.method, self.state, self.round = seat, method, state, round_
         self.sequence, self.late = sequence, late
-        self.done = self._landing = False
+        self.done = self.finished = self._landing = False
         self.notes: dict[int, Array] = {}
         note = method.note(state, round_.number, context or Context())
         self.own_note = np.asarray(note, np.float64)
         self._stage = -1
         self._exchange: Exchange | None = None
         self._gather: Gather | None = None
+        self._behind = behind
         self._next_stage()
+        if behind is not None:
+            self.follow()
 
     @property
     def arrived(self) -> bool:
@@ -82,6 +86,23 @@ class Flight:
             self.done = True
             self.seat.record("done", self.sequence, self._stage)
         return self.done
+
+    def follow(self) -> None:
+        """Exchange the cells that the flight ahead has merged and sent: they are final.
+
+        So the link is never idle between two rounds, and a cell that is late delays no other.
+        Memory for the cells is the same in both rounds, or else this waits for all of them.
+        """
+        ahead = self._behind
+        if ahead is None or self._exchange is None:
+            return
+        if ahead.merged:
+            self._behind = None
+            self._admit_all()
+        elif self._ours.lies_as(ahead._ours):
+            free = [index for index in self._waiting if not ahead._busy[index]]
+            if free:
+                self._admit(free)
 
     def hand_over(self) -> None:
         """Let another thread poll from now on."""
@@ -154,71 +175,85 @@ class Flight:
             if self._gather is not None:
                 self._gather.release_all(but=set())
             return
-        stage = self.round.stages[self._stage]
+        self._prepare(self.round.stages[self._stage])
+        if self._behind is None:
+            self._admit_all()
+            if self._mixes and self._last:
+                self._open_gather()
+
+    def _prepare(self, stage: Stage) -> None:
+        """Lower the stage to cells and peers, and wait for the words of those who receive."""
+        seat = self.seat
         self._arrivals: dict[Key, list[tuple[Transfer, Array]]] = {}
         self._sent: dict[Key, Array] = {}
         self._in_place: set[Key] = set()
-        seat = self.seat
-        going = [
-            (transfer, cell, seat.holder(stage.grid, cell, transfer.peer))
-            for transfer in stage.sends
-            for cell in seat.cells(stage.grid, transfer.unit)
-        ]
-        notes = self._notes_out(stage)
-        receives = [*self._notes_in(stage), *self._receives(stage)]
-        self._count_notes()
-        # Peers learn that they may send before this rank copies what it sends itself.
+        self._busy: Counter[int] = Counter()
+        self._ours = Lowered(seat, stage, late=self.late)
+        self._waiting = dict.fromkeys((*self._ours.coming, *self._ours.going))
+        self._notes_in, self._notes_out = self._notes(stage)
         self._exchange = Exchange(
             seat.wire,
             self.sequence,
             self._stage,
-            receives,
-            [*(m.peer for m in notes), *(peer for _, _, peer in going)],
-            window=seat.window,
+            [*(m.peer for m in self._notes_in), *self._ours.sources],
+            [*(m.peer for m in self._notes_out), *self._ours.destinations],
+            traffic=seat.traffic,
             record=seat.record,
         )
-        self._exchange.send([*notes, *self._sends(stage, going)])
+
+    def _admit_all(self) -> None:
+        self.seat.incoming.lay(self._ours.incoming)
+        self.seat.outgoing.lay(self._ours.outgoing)
+        self._admit(list(self._waiting))
+
+    def _admit(self, indices: Sequence[int]) -> None:
+        """Exchange these cells from now on."""
+        assert self._exchange is not None
+        for index in indices:
+            del self._waiting[index]
+        # Peers learn that they may send before this rank copies what it sends itself.
+        receives = [message for index in indices for message in self._receives(index)]
+        self._exchange.receive([*self._notes_in, *receives])
+        self._count_notes(indices)
+        sends = [message for index in indices for message in self._sends(index)]
+        self._exchange.send([*self._notes_out, *sends])
+        self._notes_in, self._notes_out = [], []
         if self._mixes:
             self._mix_complete()
-            if self._last:
-                self._open_gather()
 
-    def _receives(self, stage: Stage) -> list[Message]:
-        seat = self.seat
-        wanted = [(t, cell) for t in stage.receives for cell in seat.cells(stage.grid, t.unit)]
-        sizes = [_room(cell, seat.on_wire(cell, stage.rule)) for _, cell in wanted]
-        seat.incoming.reset(sum(sizes))
+    def _receives(self, index: int) -> list[Message]:
+        seat, stage = self.seat, self.round.stages[self._stage]
         messages = []
-        for (transfer, cell), size in zip(wanted, sizes, strict=True):
-            key = (transfer.slot, cell.index)
+        used: Counter[Key] = Counter()
+        for transfer, cell, peer in self._ours.coming.get(index, ()):
+            key = transfer.slot, index
             dtype = seat.on_wire(cell, stage.rule)
-            data = seat.incoming.take(size)[: _travelling(cell, dtype)]
+            data = seat.incoming[key][used[key] :][: travelling(cell, dtype)]
+            used[key] += room(cell, dtype)
             self._arrivals.setdefault(key, []).append((transfer, data.view(dtype)))
             self._open[key] = self._open.get(key, 0) + 1
-            peer = seat.holder(stage.grid, cell, transfer.peer)
             messages.append(self._message(transfer, cell, peer, data))
         return messages
 
-    def _sends(self, stage: Stage, going: list[tuple[Transfer, Cell, int]]) -> list[Message]:
-        seat = self.seat
-        distinct = {(t.slot, cell.index): cell for t, cell, _ in going}
-        if self.late:  # a late merge needs the snapshot, also of what is only received
-            distinct |= {
-                (t.slot, c.index): c for t in stage.receives for c in seat.cells(stage.grid, t.unit)
-            }
-        seat.outgoing.reset(sum(_room(c, seat.on_wire(c, stage.rule)) for c in distinct.values()))
-        for key, cell in distinct.items():
-            self._put_out(stage, key[0], cell)
+    def _sends(self, index: int) -> list[Message]:
+        stage = self.round.stages[self._stage]
+        going = self._ours.going.get(index, ())
+        for transfer, cell, _ in self._ours.kept(index):
+            key = transfer.slot, index
+            if key in self._sent:
+                continue
+            self._put_out(stage, transfer.slot, cell)
             if key not in self._open and key not in self._in_place:
                 self._open[key], self._arrivals[key] = 0, []
         messages = []
         for transfer, cell, peer in going:
-            key = (transfer.slot, cell.index)
-            data = self._sent[key].view(np.uint8)
+            key = transfer.slot, index
             if key in self._open and key in self._in_place:
                 # Memory that is still being sent may not be mixed into.
                 self._open[key] += 1
-            messages.append(self._message(transfer, cell, peer, data))
+            messages.append(self._message(transfer, cell, peer, self._sent[key].view(np.uint8)))
+        slots = {t.slot for t, _, _ in (*self._ours.coming.get(index, ()), *going)}
+        self._busy[index] = len(messages) + sum((slot, index) in self._open for slot in slots)
         return messages
 
     def _put_out(self, stage: Stage, slot: str, cell: Cell) -> None:
@@ -233,7 +268,7 @@ class Flight:
             self._sent[key] = views[slot]
             self._in_place.add(key)
             return
-        copy = seat.outgoing.take(_room(cell, dtype))[: _travelling(cell, dtype)].view(dtype)
+        copy = seat.outgoing[key][: travelling(cell, dtype)].view(dtype)
         try:
             with np.errstate(over="raise"):
                 copy[...] = views[slot] if other is None else other
@@ -250,36 +285,41 @@ class Flight:
         tag = tag_of("data", self.sequence, self._stage, cell.index, slot)
         return Message(peer, tag, data, (transfer.slot, cell.index), cell.index)
 
-    def _notes_in(self, stage: Stage) -> list[Message]:
-        """Every rank of a node gets the note of each peer node, from the rank opposite it."""
+    def _notes(self, stage: Stage) -> tuple[list[Message], list[Message]]:
+        """Notes to receive and to send: every rank of a node gets the note of each peer node.
+
+        It comes from the rank opposite it.
+        """
         seat, nodes = self.seat, self.seat.cluster.nodes
         tag = tag_of("note", self.sequence, self._stage)
-        messages = []
-        for node in dict.fromkeys(t.peer for t in stage.receives) if self.own_note.size else ():
+        if not self.own_note.size:
+            return [], []
+        incoming = []
+        for node in dict.fromkeys(t.peer for t in stage.receives):
             note = self.notes[node] = np.empty_like(self.own_note)
             peer = nodes[node][seat.index % len(nodes[node])]
-            messages.append(Message(peer, tag, note.view(np.uint8), node))
-        return messages
-
-    def _notes_out(self, stage: Stage) -> list[Message]:
-        """This node's note, to the ranks of peer nodes that this rank is opposite to."""
-        seat, nodes = self.seat, self.seat.cluster.nodes
-        tag = tag_of("note", self.sequence, self._stage)
-        return [
+            incoming.append(Message(peer, tag, note.view(np.uint8), node))
+        outgoing = [
             Message(peer, tag, self.own_note.view(np.uint8))
             for node in dict.fromkeys(t.peer for t in stage.sends)
             for place, peer in enumerate(nodes[node])
-            if self.own_note.size and place % seat.ranks == seat.index
+            if place % seat.ranks == seat.index
         ]
+        return incoming, outgoing
 
-    def _count_notes(self) -> None:
+    def _count_notes(self, indices: Sequence[int]) -> None:
         """A cell is complete only with the notes of the nodes that it comes from."""
+        if not self.notes:
+            return
         for key, arrivals in self._arrivals.items():
-            self._open[key] += len({t.peer for t, _ in arrivals} & self.notes.keys())
+            if key[1] in indices:
+                self._open[key] += len({t.peer for t, _ in arrivals} & self.notes.keys())
 
     def _completed(self, what: str, message: Message) -> None:
         if message.key is None:
             return
+        if what == "send" and message.cell >= 0:
+            self._busy[message.cell] -= 1
         if isinstance(message.key, int):  # a note: it opens every cell from that node
             keys = [
                 k for k, a in self._arrivals.items() if any(t.peer == message.key for t, _ in a)
@@ -302,6 +342,7 @@ class Flight:
     def _mix(self, key: Key) -> None:
         del self._open[key]
         slot, index = key
+        self._busy[index] -= 1
         stage = self.round.stages[self._stage]
         cell = self.seat.grid(stage.grid).cells[index]
         views = self.seat.views(cell)
@@ -324,13 +365,3 @@ class Flight:
         self.seat.record("mixed", self.sequence, self._stage, index)
         if self._last and self._gather is not None:
             self._gather.release(stage.grid, slot, index)
-
-
-def _travelling(cell: Cell, dtype: np.dtype[Any]) -> int:
-    """Bytes of a cell on the wire."""
-    return cell.nbytes // dtype_of(cell.dtype).itemsize * dtype.itemsize
-
-
-def _room(cell: Cell, dtype: np.dtype[Any]) -> int:
-    """Bytes kept for a cell in an arena, so that the next one is aligned."""
-    return -(-_travelling(cell, dtype) // ALIGN) * ALIGN

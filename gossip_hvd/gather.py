@@ -39,7 +39,9 @@ class Gather:
                     self._mine[grid, slot, cell.index] = cell
                 else:
                     receives.append(self._message(holder, grid, slot, cell))
-        self._exchange = Exchange(seat.wire, sequence, 0, receives, gated=False, record=seat.record)
+        peers = [message.peer for message in receives]
+        self._exchange = Exchange(seat.wire, sequence, 0, peers, gated=False, record=seat.record)
+        self._exchange.receive(receives)
 
     @property
     def done(self) -> bool:

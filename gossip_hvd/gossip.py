@@ -138,7 +138,7 @@ class Gossip:
             memory,
             wire_dtype=self.options.wire_dtype,
             largest=self.options.chunk_bytes,
-            window=self.options.window,
+            traffic=self.options.traffic(),
             record=self._record,
         )
         late = self.options.timing == "awc" and len(current.cluster.nodes) > 1

@@ -8,6 +8,7 @@ from typing import Any
 from gossip_hvd.errors import ConfigError, unknown
 from gossip_hvd.segments import ALIGN, LARGEST_MESSAGE
 from gossip_hvd.settings import setting
+from gossip_hvd.transport.traffic import Traffic
 
 TIMINGS = ("atc", "awc")
 PROGRESS = ("auto", "thread", "hooks")
@@ -26,7 +27,8 @@ class EngineOptions:
         wire_dtype: ``"bfloat16"`` or ``"float16"`` rounds float32 and float64 values on the wire;
             the mean over nodes stays exact.
         chunk_bytes: the largest message.
-        window: messages that a rank sends at once; None for all.
+        window: messages of that size that a rank sends at once; None for all.
+        asks: messages of that size that a rank asks its peers for at once; None for all.
         progress: who moves bytes while the model computes: ``"thread"``, or ``"hooks"``, which
             poll at every gradient and spare the thread; ``"auto"`` is the thread.
     """
@@ -37,6 +39,7 @@ class EngineOptions:
     wire_dtype: str | None = None
     chunk_bytes: int = 1 << 20
     window: int | None = None
+    asks: int | None = None
     progress: str = "auto"
 
     @classmethod
@@ -70,6 +73,13 @@ class EngineOptions:
                 f"chunk_bytes={made.chunk_bytes}: expected a multiple of {ALIGN}, up to "
                 f"{LARGEST_MESSAGE}."
             )
-        if made.window is not None and made.window < 1:
-            raise ConfigError(f"window={made.window}: expected 1 message or more, or None.")
+        for name in ("window", "asks"):
+            value = getattr(made, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: expected 1 message or more, or None.")
         return made
+
+    def traffic(self) -> Traffic:
+        """What ``window`` and ``asks`` allow, for one rank."""
+        limits = [n and n * self.chunk_bytes for n in (self.window, self.asks)]
+        return Traffic(*limits)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,30 +16,39 @@ from gossip_hvd.node import Cluster
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.segments import LARGEST_MESSAGE, Cell, Grid, Layout, owner
 from gossip_hvd.transport import Bytes, Wire
+from gossip_hvd.transport.traffic import Traffic
 
 
 class Arena:
-    """Receive or send memory that is handed out afresh each stage and kept between rounds."""
+    """Memory to receive into or to send from: one place a cell, kept between rounds.
+
+    A layout that is laid again leaves every place where it is.
+    """
 
     def __init__(self) -> None:
         self._memory: Bytes = np.empty(0, np.uint8)
-        self._used = self._room = 0
+        self._sizes: dict[Hashable, int] = {}
+        self._starts: dict[Hashable, int] = {}
+        self._room = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return int(self._memory.nbytes)
 
-    def reset(self, nbytes: int) -> None:
-        """Forget what was handed out; there will be room for ``nbytes``, once any is taken."""
-        self._used, self._room = 0, nbytes
+    def lay(self, sizes: Mapping[Any, int]) -> None:
+        """From now on there is a place of so many bytes for each key; memory comes when used."""
+        if sizes != self._sizes:
+            self._sizes = dict(sizes)
+            *starts, self._room = accumulate(sizes.values(), initial=0)
+            self._starts = dict(zip(sizes, starts, strict=True))
 
-    def take(self, nbytes: int) -> Bytes:
-        """The next ``nbytes``."""
+    def __getitem__(self, key: Hashable) -> Bytes:
+        """The place of ``key``."""
         if self._room > self._memory.nbytes:
             self._memory = np.empty(self._room, np.uint8)
-        start, self._used = self._used, self._used + nbytes
-        return self._memory[start : self._used]
+        start = self._starts[key]
+        return self._memory[start : start + self._sizes[key]]
 
 
 @dataclass
@@ -57,7 +67,7 @@ class Seat:
         rates: the learning rate, one for all or one a field; None where nobody said.
         wire_dtype: what float32 and float64 values are rounded to on the wire, or None.
         largest: bytes of the largest message.
-        window: sends under way at once; None for all.
+        traffic: bytes under way at once, over all exchanges.
         record: ring buffer of events.
     """
 
@@ -69,7 +79,7 @@ class Seat:
     arrays: MutableMapping[str, Bytes] = field(default_factory=dict)
     wire_dtype: str | None = None
     largest: int = LARGEST_MESSAGE
-    window: int | None = None
+    traffic: Traffic = field(default_factory=Traffic)
     record: Recorder = field(default_factory=Recorder)
     replicas: MutableMapping[str, Bytes] = field(default_factory=dict)
     rates: float | Sequence[float] | None = None

@@ -16,6 +16,7 @@ from gossip_hvd.recorder import Recorder
 from gossip_hvd.transport import Bytes
 from gossip_hvd.transport.exchange import KINDS, SEQUENCES, SLOTS, Exchange, Message, tag_of
 from gossip_hvd.transport.memory import MemoryWire, Switchboard
+from gossip_hvd.transport.traffic import Traffic
 
 
 def exchange_of(
@@ -26,8 +27,10 @@ def exchange_of(
     sends: list[Message] | None = None,
     **options: Any,
 ) -> Exchange:
-    """An exchange that has been given all its sends."""
-    exchange = Exchange(wire, flight, stage, receives, [m.peer for m in sends or []], **options)
+    """An exchange that has been given all its messages."""
+    peers = [[m.peer for m in messages] for messages in (receives, sends or [])]
+    exchange = Exchange(wire, flight, stage, *peers, **options)
+    exchange.receive(receives)
     exchange.send(sends or [])
     return exchange
 
@@ -41,13 +44,16 @@ class ScriptedWire:
 
     rank: int = 0
     asked: list[tuple[str, int, int]] = field(default_factory=list)
+    buffers: list[Bytes] = field(default_factory=list)
     completed: set[int] = field(default_factory=set)
 
     def send(self, peer: int, tag: int, data: Bytes) -> int:
+        self.buffers.append(data)
         self.asked.append(("send", peer, tag))
         return len(self.asked) - 1
 
     def receive(self, peer: int, tag: int, data: Bytes) -> int:
+        self.buffers.append(data)
         self.asked.append(("receive", peer, tag))
         return len(self.asked) - 1
 
@@ -56,6 +62,17 @@ class ScriptedWire:
 
     def complete(self, *transfer: Any) -> None:
         self.completed.add(self.asked.index(transfer))
+
+    def say(self, peer: int, tag: int) -> None:
+        """The peer's word comes: it asks for the message of that tag."""
+        words = [i for i, asked in enumerate(self.asked) if asked == ("receive", peer, WORD)]
+        at = next(i for i in words if i not in self.completed)
+        self.buffers[at].view(np.int64)[0] = tag
+        self.completed.add(at)
+
+    def data_sent(self) -> list[tuple[int, int]]:
+        """Peer and tag of everything sent that is no word."""
+        return [(peer, tag) for verb, peer, tag in self.asked if verb == "send" and tag != WORD]
 
 
 class StrictWire(MemoryWire):
@@ -85,16 +102,15 @@ def finish(exchanges: list[Exchange], seed: int, turns: int = 100_000) -> None:
 # Words -----------------------------------------------------------------------------------------
 
 
-def test_receives_are_posted_before_the_word_is_said() -> None:
+def test_a_receive_is_posted_before_its_word_is_said() -> None:
     wire = ScriptedWire()
     exchange_of(wire, 0, 0, [Message(1, 8, data()), Message(2, 9, data()), Message(1, 7, data())])
+    asked = [(1, 8), (2, 9), (1, 7)]  # both flows advance together
     assert wire.asked == [
-        ("receive", 1, 8),
-        ("receive", 2, 9),
-        ("receive", 1, 7),
-        ("send", 1, WORD),
-        ("send", 2, WORD),
+        step for peer, tag in asked for step in (("receive", peer, tag), ("send", peer, WORD))
     ]
+    said = [int(b.view(np.int64)[0]) for b in wire.buffers if b.size == 8]
+    assert said == [8, 9, 7]
 
 
 def test_no_data_leaves_before_its_receivers_word() -> None:
@@ -103,20 +119,27 @@ def test_no_data_leaves_before_its_receivers_word() -> None:
     exchange = exchange_of(wire, 0, 0, [], sends)
     assert wire.asked == [("receive", 1, WORD), ("receive", 2, WORD)]
     assert exchange.poll() == []
-    assert [what for what, _ in exchange.outstanding()] == ["word"] * 5
+    assert [what for what, _ in exchange.outstanding()] == ["word"] * 3
 
-    wire.complete("receive", 1, WORD)
+    wire.say(1, 7)
     assert exchange.poll() == []
-    assert wire.asked[2:] == [("send", 1, 8), ("send", 1, 7)]
-    assert [what for what, _ in exchange.outstanding()] == ["word", "send", "send", "word"]
-
-    late = Message(1, 6, data())
-    exchange.send([late, Message(2, 6, data())])
-    assert wire.asked[4:] == [("send", 1, 6)]
-
-    wire.complete("receive", 2, WORD)
+    assert wire.asked[2:] == [("receive", 1, WORD), ("send", 1, 7)], "what was asked for"
+    wire.say(2, 9)
+    wire.say(1, 8)
     exchange.poll()
-    assert wire.asked[5:] == [("send", 2, 9), ("send", 2, 6)]
+    assert sorted(wire.data_sent()) == [(1, 7), (1, 8), (2, 9)]
+    assert [what for what, _ in exchange.outstanding()] == ["send"] * 3
+
+
+def test_a_word_may_come_before_its_message_is_there() -> None:
+    wire = ScriptedWire()
+    exchange = Exchange(wire, 0, 0, [], [1])
+    wire.say(1, 8)
+    exchange.poll()
+    assert wire.data_sent() == []
+    assert not exchange.done
+    exchange.send([Message(1, 8, data())])
+    assert wire.data_sent() == [(1, 8)]
 
 
 def test_an_ungated_exchange_sends_at_once_and_says_nothing() -> None:
@@ -130,30 +153,60 @@ def test_an_ungated_exchange_sends_at_once_and_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, None])
-def test_a_window_bounds_how_many_sends_are_under_way(window: int | None) -> None:
+def test_traffic_bounds_the_bytes_that_are_sent_at_once(window: int | None) -> None:
     wire = ScriptedWire()
-    sends = [Message(peer, tag, data()) for peer in (1, 2) for tag in range(10, 14)]
-    exchange = exchange_of(wire, 0, 0, [], sends, window=window)
-    wire.complete("receive", 1, WORD)
-    wire.complete("receive", 2, WORD)
-    under_way: list[Any] = []
+    sends = [Message(peer, tag, data()) for tag in range(10, 14) for peer in (1, 2)]
+    traffic = Traffic(sent=window and 4 * window)
+    exchange = exchange_of(wire, 0, 0, [], sends, traffic=traffic)
+    for message in sends:
+        wire.say(message.peer, message.tag)
+        exchange.poll()
     for turn in range(9):
         exchange.poll()
-        under_way = [a for a in wire.asked[2:] if wire.asked.index(a) not in wire.completed]
+        under_way = [a for a in wire.data_sent() if ("send", *a) not in finished(wire)]
         assert len(under_way) == min(window or 8, 8 - turn)
         assert len(exchange.outstanding()) == 8 - turn
         assert exchange.done == (turn == 8)
         if under_way:
-            wire.complete(*under_way[0])
-    flows = [peer for _, peer, _ in wire.asked[2:]]
+            wire.complete("send", *under_way[0])
+    flows = [peer for peer, _ in wire.data_sent()]
     assert flows == [1, 2] * 4, "both peers' flows advance together"
+
+
+def finished(wire: ScriptedWire) -> set[tuple[str, int, int]]:
+    return {wire.asked[i] for i in wire.completed}
+
+
+@pytest.mark.parametrize("asks", [1, 3, None])
+def test_traffic_bounds_the_bytes_that_are_asked_for_at_once(asks: int | None) -> None:
+    wire = ScriptedWire()
+    receives = [Message(1, tag, data()) for tag in range(10, 18)]
+    exchange = exchange_of(wire, 0, 0, receives, traffic=Traffic(asked=asks and 4 * asks))
+    for turn in range(9):
+        posted = [tag for verb, _, tag in wire.asked if verb == "receive"]
+        assert posted == [*range(10, min(18, 10 + turn + (asks or 8)))]
+        assert len(exchange.outstanding()) == 8 - turn
+        if turn < 8:
+            wire.complete("receive", 1, 10 + turn)
+            assert [m.tag for _, m in exchange.poll()] == [10 + turn]
+
+
+def test_traffic_is_shared_and_one_message_may_always_go() -> None:
+    wire, traffic = ScriptedWire(), Traffic(asked=5)
+    first = exchange_of(wire, 0, 0, [Message(1, 8, data(100))], traffic=traffic)
+    second = exchange_of(wire, 1, 0, [Message(1, 9, data(4))], traffic=traffic)
+    assert [tag for verb, _, tag in wire.asked if verb == "receive"] == [8]
+    wire.complete("receive", 1, 8)
+    first.poll()
+    second.poll()
+    assert [tag for verb, _, tag in wire.asked if verb == "receive"] == [8, 9]
 
 
 def test_poll_reports_each_message_once_and_done_comes_last() -> None:
     wire = ScriptedWire()
     comes, goes = Message(1, 8, data(), "in"), Message(2, 9, data(), "out")
     exchange = exchange_of(wire, 0, 0, [comes], [goes])
-    wire.complete("receive", 2, WORD)
+    wire.say(2, 9)
     assert exchange.poll() == []
     wire.complete("receive", 1, 8)
     assert exchange.poll() == [("receive", comes)]
@@ -237,7 +290,7 @@ class TwoStages:
     def __init__(self, ranks: int, seed: int) -> None:
         self.board = Switchboard(ranks, seed=seed, slowest=seed % 12)
         self.draw = stdlib_random.Random(seed)
-        self.window = self.draw.choice([None, 1, 2])
+        self.limits = [self.draw.choice([None, 1, 9]) for _ in range(2)]
         self.pairs = [(a, b) for a, b in product(range(ranks), repeat=2) if a != b]
         self.stage = [0] * ranks
         self.inbox: dict[tuple[int, int, int, int], Bytes] = {}
@@ -258,7 +311,7 @@ class TwoStages:
                 sends.append(Message(b, tag, data(size, self.value(a, b, cell, at))))
         self.draw.shuffle(sends)
         wire = StrictWire(me, self.board)
-        return exchange_of(wire, 0, at, receives, sends, window=self.window)
+        return exchange_of(wire, 0, at, receives, sends, traffic=Traffic(*self.limits))
 
     def run(self) -> None:
         for _ in range(10_000):

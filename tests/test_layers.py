@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("progress",),
     ("shuffle", "checkpoint", "observe"),
     ("flight",),
-    ("gather",),
+    ("gather", "lowering"),
     ("seat",),
     ("memory", "node", "options", "agreement", "blocks", "negotiation"),
     ("joining",),

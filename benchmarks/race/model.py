@@ -189,6 +189,7 @@ class Lane:
                 "about": {"torch": torch.__version__, **(about or {})},
                 "meter": meter.samples,
                 "overslept": meter.overslept,
+                "threads": _threads(),
                 **extra(),
             }
         )
@@ -239,6 +240,16 @@ def _link_bytes() -> tuple[int, int]:
             numbers = counts.split()
             return int(numbers[0]), int(numbers[8])
     return 0, 0
+
+
+def _threads() -> list[tuple[str, float]]:
+    """Name and processor seconds of every thread so far."""
+    tick, found = os.sysconf("SC_CLK_TCK"), []
+    for task in sorted(Path("/proc/self/task").iterdir(), key=lambda p: int(p.name)):
+        name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        fields = rest.split()
+        found.append((name, (int(fields[11]) + int(fields[12])) / tick))
+    return found
 
 
 def _cpu_seconds() -> float:

@@ -1,19 +1,20 @@
 """One exchange: all messages of one stage, posted, polled and finished over any wire.
 
-All receives are posted at once. A receiver then sends one byte, its *word*, to every peer it
-expects data from; a sender waits for that word before it sends. So data never arrives before its
-buffer is posted, and a fast node cannot put its next round in front of a slow node's last one.
+A receiver posts a receive and then asks its peer for that message, with a *word* that names its
+tag; a sender waits for the word. So data never arrives before its buffer is posted, a fast node
+cannot put its next round in front of a slow node's last one, and a receiver decides in which order
+its link is used.
 
-Messages to several peers are interleaved: each peer's flow advances by the same fraction, so that
-all flows end together. With a window, few are under way at once, and the order is what the wire
-sees; every flow then gets the part of the link that its bytes need, and no more.
+Messages of several peers are interleaved: each peer's flow advances by the same fraction, so that
+all flows end together. Messages may be added cell by cell, as the memory that they use becomes
+free; how many there will be is known from the beginning.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
@@ -23,6 +24,7 @@ import numpy as np
 
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.transport import Bytes, Wire
+from gossip_hvd.transport.traffic import Allowance, Traffic
 
 KINDS = {"data": 0, "word": 1, "note": 2, "gather": 3}
 SLOTS = 4
@@ -70,10 +72,10 @@ class Exchange:
         wire: what carries them.
         flight: sequence number of the flight, equal on all ranks.
         stage: index of the stage in its round.
-        receives: posted at once.
-        destinations: the ranks that something will be sent to, as often as one likes.
-        gated: False where receivers give no word (small or node-internal messages).
-        window: how many sends are under way at once; None for all.
+        sources: the peer of every message that will be received.
+        destinations: the peer of every message that will be sent.
+        gated: False where receivers give no word (node-internal messages).
+        traffic: of this rank, shared with its other exchanges; None for no limits.
         record: told of every event.
     """
 
@@ -82,53 +84,50 @@ class Exchange:
         wire: Wire,
         flight: int,
         stage: int,
-        receives: Sequence[Message],
+        sources: Iterable[int] = (),
         destinations: Iterable[int] = (),
         *,
         gated: bool = True,
-        window: int | None = None,
+        traffic: Traffic | None = None,
         record: Recorder | None = None,
     ) -> None:
         self.flight, self.stage = flight, stage
-        self._wire = wire
+        self._wire, self._gated = wire, gated
+        traffic = traffic or Traffic()
         self._record = record or Recorder(1)
         self._owner: int | None = None
         self._handles: list[Any] = []
         self._pending: list[tuple[str, Message]] = []
-        self._held: dict[int, list[_Queued]] = {}
-        self._ready: list[_Queued] = []
-        self._sending, self._window, self._gated = 0, window, gated
-        self._order = count()
-        word = tag_of("word", flight, stage)
-        if gated:
-            for peer in dict.fromkeys(destinations):
-                self._post("word", Message(peer, word, np.empty(1, np.uint8)))
-                self._held[peer] = []
-        for message in receives:
-            self._post("receive", message)
+        self._receives = _Flows(sources, traffic.asked)
+        going = list(destinations)
+        self._sends = _Flows(going, traffic.sent)
+        self._words = Counter(going if gated else ())
+        self._asked_for: set[tuple[int, int]] = set()
+        self._held: dict[tuple[int, int], Message] = {}
+        for peer in list(self._words):
+            self._await_word(peer)
         self._record("post", flight, stage)
-        if gated:
-            for peer in dict.fromkeys(m.peer for m in receives):
-                self._post("say", Message(peer, word, np.zeros(1, np.uint8)))
+
+    def receive(self, messages: Iterable[Message]) -> None:
+        """Ask for these messages, as traffic allows."""
+        for message in messages:
+            self._receives.add(message)
+        self._go_on()
 
     def send(self, messages: Iterable[Message]) -> None:
-        """Send more; a gated exchange holds a message until its receiver's word has come."""
-        batch = list(messages)
-        counts, places = Counter(m.peer for m in batch), Counter[int]()
-        for message in batch:
-            places[message.peer] += 1
-            fraction = (places[message.peer] - 0.5) / counts[message.peer]
-            queued = _Queued(fraction, next(self._order), message)
-            if message.peer in self._held:
-                self._held[message.peer].append(queued)
+        """Send these messages, each once its receiver has asked for it, as traffic allows."""
+        for message in messages:
+            at = message.peer, message.tag
+            if self._gated and at not in self._asked_for:
+                self._held[at] = message
             else:
-                heappush(self._ready, queued)
-        self._fill_window()
+                self._sends.add(message)
+        self._go_on()
 
     @property
     def done(self) -> bool:
         """True once nothing is outstanding."""
-        return not self._handles and not self._held
+        return not (self._handles or self._receives.missing or self._sends.missing)
 
     def poll(self) -> list[tuple[str, Message]]:
         """Move what can move; returns what has completed, as ("send" | "receive", message).
@@ -138,47 +137,70 @@ class Exchange:
         """
         self._assert_owner()
         if not self._handles:
+            self._go_on()
             return []
         ready = sorted(self._wire.test(self._handles))
-        if not ready:
-            return []
         completed = [self._pending[i] for i in ready]
         for i in reversed(ready):
             del self._handles[i], self._pending[i]
         for what, message in completed:
             if what == "word":
-                self._record("word", self.flight, self.stage, -1, message.peer)
-                for queued in self._held.pop(message.peer, ()):
-                    heappush(self._ready, queued)
+                self._word_came(message)
             elif what != "say":
-                past = "sent" if what == "send" else "received"
-                self._note(past, message)
-                self._sending -= past == "sent"
-                self._count(past, message.data.nbytes)
-        self._fill_window()
+                self._completed(what, message)
+        self._go_on()
         return [entry for entry in completed if entry[0] in ("send", "receive")]
 
     def outstanding(self) -> list[tuple[str, Message]]:
         """What is still under way, for an error: what is waited for, and which message."""
-        held = [("word", queued.message) for queue in self._held.values() for queued in queue]
-        ready = [("send", queued.message) for queued in self._ready]
-        return [entry for entry in self._pending if entry[0] != "say"] + held + ready
+        posted = [entry for entry in self._pending if entry[0] in ("send", "receive")]
+        unasked = [("receive", message) for message in self._receives.waiting()]
+        held = [("word", message) for message in self._held.values()]
+        return posted + unasked + held + [("send", m) for m in self._sends.waiting()]
 
     def hand_over(self) -> None:
         """Let another thread poll from now on; call it when no poll is running."""
         self._owner = None
 
-    def _fill_window(self) -> None:
-        while self._ready and (self._window is None or self._sending < self._window):
-            self._sending += 1
-            self._post("send", heappop(self._ready).message)
+    def _go_on(self) -> None:
+        """Ask for and send as much as traffic allows."""
+        while (message := self._receives.next()) is not None:
+            self._post("receive", message)
+            if self._gated:
+                word = np.array([message.tag], np.int64).view(np.uint8)
+                self._post("say", Message(message.peer, self._word, word))
+        while (message := self._sends.next()) is not None:
+            self._post("send", message)
+            self._note("send", message)
+
+    @property
+    def _word(self) -> int:
+        return tag_of("word", self.flight, self.stage)
+
+    def _await_word(self, peer: int) -> None:
+        if self._words[peer]:
+            self._words[peer] -= 1
+            self._post("word", Message(peer, self._word, np.empty(8, np.uint8)))
+
+    def _word_came(self, word: Message) -> None:
+        at = word.peer, int(word.data.view(np.int64)[0])
+        self._record("word", self.flight, self.stage, -1, word.peer)
+        self._await_word(word.peer)
+        if at in self._held:
+            self._sends.add(self._held.pop(at))
+        else:
+            self._asked_for.add(at)
+
+    def _completed(self, what: str, message: Message) -> None:
+        flows, past = {"send": (self._sends, "sent"), "receive": (self._receives, "received")}[what]
+        flows.completed(message)
+        self._note(past, message)
+        self._count(past, message.data.nbytes)
 
     def _post(self, what: str, message: Message) -> None:
         verb = self._wire.send if what in ("send", "say") else self._wire.receive
         self._handles.append(verb(message.peer, message.tag, message.data))
         self._pending.append((what, message))
-        if what == "send":
-            self._note("send", message)
 
     def _count(self, past: str, nbytes: int) -> None:
         # Messages without a word stay inside the node.
@@ -199,3 +221,48 @@ class Exchange:
             self._owner = me
         if self._owner != me:
             raise AssertionError(f"thread {me} polls an exchange that thread {self._owner} owns")
+
+
+class _Flows:
+    """The messages of one direction, in the order in which they go.
+
+    Args:
+        peers: one entry a message that will be added.
+        allowance: how many bytes may be under way.
+    """
+
+    def __init__(self, peers: Iterable[int], allowance: Allowance) -> None:
+        self._totals = Counter(peers)
+        self._added, self._order = Counter[int](), count()
+        self._expected = self._totals.total()
+        self._came = self._done = 0
+        self._queue: list[_Queued] = []
+        self._allowance = allowance
+
+    @property
+    def missing(self) -> int:
+        """Messages that have not been completed, added or not."""
+        return max(self._expected, self._came) - self._done
+
+    def add(self, message: Message) -> None:
+        """One more that may go."""
+        self._came += 1
+        self._added[message.peer] += 1
+        total = self._totals[message.peer] or self._added[message.peer]
+        fraction = (self._added[message.peer] - 0.5) / total
+        heappush(self._queue, _Queued(fraction, next(self._order), message))
+
+    def next(self) -> Message | None:
+        """The message that goes now; None where there is none, or no room for it."""
+        if self._queue and self._allowance.take(self._queue[0].message.data.nbytes):
+            return heappop(self._queue).message
+        return None
+
+    def completed(self, message: Message) -> None:
+        """It is over."""
+        self._done += 1
+        self._allowance.give_back(message.data.nbytes)
+
+    def waiting(self) -> list[Message]:
+        """Those that have been added and wait for their turn."""
+        return [queued.message for queued in self._queue]
