@@ -31,7 +31,7 @@ demo-keras: setup  ## the same with Keras on TensorFlow
 test: setup  ## run the tests
 	$(IN_VENV) .venv/bin/python -m pytest $(ARGS)
 
-test-all: setup  ## run those of adapters in progress too: Keras, TensorFlow, Lightning, Accelerate
+test-all: setup  ## run those of adapters in progress too: Lightning, Accelerate
 	$(IN_VENV) GOSSIP_TESTS=all .venv/bin/python -m pytest $(ARGS)
 
 lint: setup  ## check style and types

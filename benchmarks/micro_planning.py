@@ -1,4 +1,7 @@
-"""What it costs a node to plan its own row of every round, for each topology and size.
+"""What it costs a node to plan its own part of every round, for each topology and size.
+
+Planned is what the engine asks a method for: the transfers of all segments, both ways.
+
 
     python -m benchmarks.micro_planning [--json] [--rounds 200] [--repeats 5] [--segments 16]
 
@@ -15,11 +18,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
 from gossip_hvd.errors import ConfigError
-from gossip_hvd.topology import TOPOLOGIES, Ceca
+from gossip_hvd.methods import SGP, AllReduce, Ceca, State
+from gossip_hvd.methods.gossip import mixing_round
+from gossip_hvd.topology import TOPOLOGIES, Topology
 
 SIZES = (4, 64, 1024)
 Planner = Callable[[int, int], object]
@@ -28,14 +34,15 @@ Planner = Callable[[int, int], object]
 def planners(segments: int) -> dict[str, Planner]:
     """For each name a function (n, round) that plans one round of node 1."""
 
-    def of(name: str) -> Planner:
-        topology = TOPOLOGIES[name]()
-        return lambda n, round: topology.plan(1, n, 7, round, segments)
+    def over(topology: Topology) -> Planner:
+        return lambda n, round: mixing_round(topology, State(n, segments, 7), round, 1)
 
-    found = {name: of(name) for name in TOPOLOGIES}
-    for ports in (1, 2):
-        ceca = Ceca(ports)
-        found[f"ceca_{ports}_port"] = lambda n, round, ceca=ceca: ceca.peers(1, n, round)  # type: ignore[misc]
+    found = {name: over(kind()) for name, kind in TOPOLOGIES.items()}
+    for method in (Ceca(), SGP(), AllReduce()):
+        start = lru_cache(lambda n, method=method: method.start(n, segments, 7))
+        found[f"method {method.name}"] = lambda n, round, method=method, start=start: method.plan(
+            start(n), round, 1
+        )
     return found
 
 
@@ -67,7 +74,7 @@ def main() -> None:
         for name, planner in planners(args.segments).items()
     }
     setup = {
-        "unit": "microseconds a round, own row, all segments: [least, median]",
+        "unit": "microseconds a round, own part, all segments: [least, median]",
         "segments": args.segments,
         "rounds": args.rounds,
         "repeats": args.repeats,

@@ -110,25 +110,13 @@ def train(args, seed: int, train_set: TensorDataset, test_set: TensorDataset) ->
     distance = gossip.consensus_distance()
     replicas = report.mean_over_ranks(accuracy(model, test_set), "accuracy")
     hvd.average_parameters(model)
-    recalibrate(model, loader)
+    # Batch norm's statistics are no weights: they are measured anew for the merged model. Where
+    # four replicas had not met for three epochs, it was right in 81 % of cases with the mean of
+    # the replicas' statistics and in 95 % with these.
+    hvd.recalibrate_batch_norm(model, loader)
     merged = accuracy(model, test_set)
     quality = {"merged_accuracy": merged, "replicas_accuracy": replicas}
     return gossip.method.name, report.results(training, gossip, distance, sent, **quality)
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, loader: DataLoader) -> None:
-    """Measure batch norm's statistics anew for the merged weights, on the training data.
-
-    A layer's running mean and variance describe what its own replica's weights make of the data.
-    The mean of several replicas' weights makes something else of it, the more so the further they
-    are apart. Where they are as near as gossip keeps them, the mean of their statistics does as
-    well; where four replicas had not met for three epochs, the merged model was right in 81 % of
-    cases with averaged statistics and in 95 % with these. Each rank measures on its share;
-    ``buffers=True`` then averages over ranks.
-    """
-    torch.optim.swa_utils.update_bn(loader, model)
-    hvd.average_parameters(model, buffers=True)
 
 
 def main() -> None:

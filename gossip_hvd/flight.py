@@ -22,6 +22,7 @@ from gossip_hvd.seat import Seat
 from gossip_hvd.segments import Cell
 from gossip_hvd.transport import Bytes
 from gossip_hvd.transport.exchange import Exchange, Message, tag_of
+from gossip_hvd.waits import Facts
 
 
 class Flight:
@@ -129,14 +130,18 @@ class Flight:
         parts = [part for part in (self._exchange, self._gather) if part is not None]
         return [entry for part in parts for entry in part.outstanding()]
 
-    def describe(self) -> str:
-        """Who waits for whom, in one sentence."""
-        seat = self.seat
+    def moved(self) -> int:
+        """A number that changes with every event."""
+        return self.seat.record.count
+
+    def facts(self) -> Facts:
+        """Who waits for whom."""
+        seat, waiting = self.seat, self.outstanding()
         where = f"rank {seat.rank} (node {seat.node}), round {self.round.number}"
-        waiting = self.outstanding()
         if not waiting:
-            return f"{where}: nothing outstanding"
-        what, message = waiting[0]
+            return Facts(f"{where}: nothing outstanding", round=self.round.number)
+        # Data has a segment to be named; words and notes have none.
+        what, message = next((e for e in waiting if e[1].cell >= 0), waiting[0])
         stage = self.round.stages[min(self._stage, len(self.round.stages) - 1)]
         grid = seat.grid(stage.grid)
         unit = grid.units[grid.cells[message.cell].unit] if message.cell >= 0 else "-"
@@ -145,10 +150,18 @@ class Flight:
             "send": "waits to send to",
             "word": "waits for the word of",
         }[what]
-        return (
+        nbytes = sum(m.data.nbytes for _, m in waiting)
+        record = seat.record
+        return Facts(
             f"{where}, stage {self._stage} ({stage.rule}), segment {unit!r}: {verb} rank "
             f"{message.peer} (node {seat.cluster.node_of(message.peer)}); "
-            f"{len(waiting)} messages outstanding"
+            f"{len(waiting)} messages outstanding ({nbytes} bytes), so far "
+            f"{record.bytes_received} bytes received and {record.bytes_sent} sent",
+            tuple(dict.fromkeys(m.peer for _, m in waiting)),
+            self.round.number,
+            unit,
+            record.key,
+            self.sequence,
         )
 
     @property

@@ -66,7 +66,8 @@ class Gossip:
         everything = {"method": method, "engine options": options, **facts}
         require_agreement(current.world, "DistributedOptimizer", everything)
         self._wire = current.world.wire()
-        self._record = Recorder()
+        self._record = Recorder(key=self.key)
+        current.watch.recorders.add(self._record)
 
     # What users call -------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class Gossip:
         self.engine.close()
 
     def _run(self, steps: Steps) -> None:
-        drive(steps, self.session.world.limit)
+        drive(steps)
 
 
 def running() -> Iterator[Gossip]:

@@ -38,6 +38,7 @@ class Coordinator:
     Args:
         size: number of ranks of the world.
         limit: seconds after which an operation that lacks ranks fails.
+        warn: seconds after which it is named in a warning.
 
     Attributes:
         sets: world ranks of every process set, by number; 0 is the world.
@@ -45,14 +46,11 @@ class Coordinator:
         warnings: sentences about operations that wait for long, to be logged.
     """
 
-    WARN = 60.0
-    """Seconds after which an operation that lacks ranks is named in a warning."""
-
-    def __init__(self, size: int, limit: float) -> None:
+    def __init__(self, size: int, limit: float, warn: float = 60.0) -> None:
         self.sets: dict[int, tuple[int, ...]] = {0: tuple(range(size))}
         self.outgoing: dict[int, list[Response]] = {rank: [] for rank in range(size)}
         self.warnings: list[str] = []
-        self._limit = limit
+        self._limit, self._warn = limit, warn
         self._waiting: dict[Key, _Waiting] = {}
         self._joining = Joining(size)
         self._gone: set[int] = set()
@@ -96,7 +94,7 @@ class Coordinator:
             waited = now - waiting.since
             if waited > self._limit:
                 self._fail(key, self._stall(key, waiting, waited))
-            elif waited > self.WARN and not waiting.warned:
+            elif waited > self._warn and not waiting.warned:
                 waiting.warned = True
                 self.warnings.append(self._stall(key, waiting, waited))
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from gossip_hvd.errors import OperationError, StallError
+from gossip_hvd.errors import OperationError
 from gossip_hvd.execution import Asked, Executor
 from gossip_hvd.joining import Steps
 from gossip_hvd.mixing import Array
@@ -31,6 +31,8 @@ from gossip_hvd.requests import (
     encode_responses,
 )
 from gossip_hvd.transport.mpi import Post, World
+from gossip_hvd.waits import Facts, waiting
+from gossip_hvd.watch import Patience
 
 log = logging.getLogger("gossip_hvd")
 
@@ -45,6 +47,12 @@ LONG_PAUSE = 1e-3
 
 PATIENCE = 0.05
 
+MARGIN = 5.0
+"""Seconds by which the coordinator, which knows who is missing, gives up before who waits."""
+
+LOOK = 0.25
+"""Seconds between two looks of a waiting thread at whether it must give up."""
+
 WATCH = 0.1
 """Seconds between looks of rank 0 while nobody waits, as far as it knows."""
 
@@ -58,8 +66,8 @@ class Handle:
         response: how it was agreed, once it is done.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, rank: int) -> None:
+        self.request, self._rank = request, rank
         self.results: list[Array] = []
         self.response: Response | None = None
         self._error: BaseException | None = None
@@ -70,18 +78,18 @@ class Handle:
         """Whether ``wait`` would return, or raise, at once."""
         return self._done.is_set()
 
-    def wait(self, limit: float | None = None) -> list[Array]:
+    def wait(self) -> list[Array]:
         """The results, once they are there.
-
-        Args:
-            limit: seconds; by default the coordinator decides when to give up.
 
         Raises:
             OperationError: on every rank, where ranks asked for different things.
-            StallError: past the limit.
+            StallError: past the limit; the coordinator, which knows more, gives up before.
         """
-        if not self._done.wait(limit):
-            raise StallError(f"{self.request.kind} {self.request.name!r}: no answer in {limit} s.")
+        if not self._done.is_set():
+            text = f"rank {self._rank} waits for {self.request.kind} {self.request.name!r}"
+            with waiting(Facts(text), MARGIN) as wait:
+                while not self._done.wait(LOOK):
+                    wait.check()
         if self._error is not None:
             raise self._error
         return self.results
@@ -102,13 +110,16 @@ class Operations:
 
     Args:
         world: all ranks.
+        patience: with an operation that some ranks have not asked for.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, patience: Patience) -> None:
         self.rank, self.size = world.rank, world.size
         self._executor = Executor(world)
         self._post: Post = world.post()
-        self._coordinator = Coordinator(world.size, world.limit) if world.rank == 0 else None
+        self._coordinator: Coordinator | None = None
+        if world.rank == 0:
+            self._coordinator = Coordinator(world.size, patience.stop_after, patience.warn_after)
         self._numbers: defaultdict[tuple[str, int], Iterator[int]] = defaultdict(itertools.count)
         self._epoch = 0
         self._new: deque[Request] = deque()
@@ -118,7 +129,6 @@ class Operations:
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._ended: BaseException | None = None
-        self._limit = world.limit
         self._thread = threading.Thread(target=self._run, name="gossip-operations", daemon=True)
         self._thread.start()
 
@@ -162,7 +172,7 @@ class Operations:
             dtypes=given or tuple(str(values.dtype) for values in inputs),
             **details,
         )
-        asked = Asked(Handle(request), list(inputs), list(outputs or ()))
+        asked = Asked(Handle(request, self.rank), list(inputs), list(outputs or ()))
         key = (members, name)
         with self._lock:
             if self._ended is not None:
@@ -209,17 +219,22 @@ class Operations:
         """
         report = self._steps.report("join")
         handle = self.submit("join", "join", splits=report.splits, given=report.dtypes)
-        while (key := self._followed.get()) is not None:
+        while (key := self._next_followed()) is not None:
             follow(key)
         handle.wait()
         assert handle.response is not None
         return handle.response.rows[0]
 
+    def _next_followed(self) -> str | None:
+        text = f"rank {self.rank} has joined and waits for ranks that still have data"
+        with waiting(Facts(text), margin=float("inf")):
+            return self._followed.get()
+
     def close(self) -> None:
         """Wait until all ranks close, then end the thread; what is under way fails."""
         if self._ended is None:
-            self.submit("shutdown", "shutdown").wait(self._limit)
-        self._thread.join(self._limit)
+            self.submit("shutdown", "shutdown").wait()
+        self._thread.join()
         self._executor.free()
         self._post.free()
 

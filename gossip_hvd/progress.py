@@ -11,15 +11,17 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
-from gossip_hvd.errors import StallError
 from gossip_hvd.flight import Flight
 from gossip_hvd.transport import PAUSE
+from gossip_hvd.waits import Facts, waiting
 
 Steps = Iterator[Flight]
 """An operation under way: each item is the flight it waits for; polled by asking for the next."""
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 2e-4, 2e-3
 """Seconds between two polls: while messages complete, and after none has for a while."""
+
+NOTHING = Facts("an exchange is being prepared")
 
 
 class Progress(Protocol):
@@ -129,28 +131,20 @@ class ThreadProgress:
             flight.hand_over()
 
 
-def drive(steps: Steps, limit: float) -> None:
-    """Run an operation to its end.
-
-    Args:
-        steps: the operation.
-        limit: seconds without any progress after which it fails.
+def drive(steps: Steps) -> None:
+    """Run an operation to its end; the watch hears of every flight that it waits for.
 
     Raises:
         StallError: names rank, round, segment and peer of the first message that is missing.
     """
-    last, since, pause = -1, time.monotonic(), 0.0
-    for flight in steps:
-        count = flight.seat.record.count
-        if count != last:
-            last, since, pause = count, time.monotonic(), 0.0
-            continue
-        waited = time.monotonic() - since
-        if waited > limit:
-            raise StallError(
-                f"no progress for {waited:.0f} s: {flight.describe()}. Is that rank still "
-                "training, with the same number of steps? The limit is "
-                "GOSSIP_HVD_STALL_TIMEOUT seconds."
-            )
-        time.sleep(pause)
-        pause = min(1.5 * pause + 1e-5, LONGEST_PAUSE / 4)
+    last, pause = -1, 0.0
+    with waiting(NOTHING) as wait:
+        for flight in steps:
+            wait.subject = flight
+            count = flight.seat.record.count
+            if count != last:
+                last, pause = count, 0.0
+                continue
+            wait.check()
+            time.sleep(pause)
+            pause = min(1.5 * pause + 1e-5, LONGEST_PAUSE / 4)

@@ -32,6 +32,10 @@ class Event(NamedTuple):
 class Recorder:
     """Keeps the last events; cheap enough to be always on (one tuple an event).
 
+    Args:
+        capacity: events that are kept.
+        key: of the model whose transfers these are.
+
     Attributes:
         events: the last ones, oldest first.
         count: of all events so far.
@@ -40,11 +44,17 @@ class Recorder:
         bytes_shared: sent to ranks of the same node, so far.
     """
 
-    def __init__(self, capacity: int = 4096) -> None:
+    def __init__(self, capacity: int = 4096, key: str = "") -> None:
+        self.key = key
         self.events: deque[Event] = deque(maxlen=capacity)
         self.count = 0
         self.bytes_sent = self.bytes_received = 0
         self.bytes_shared = 0
+
+    @property
+    def flights(self) -> int:
+        """Number of the latest flight of which anything is kept."""
+        return max((event.flight for event in list(self.events)), default=0)
 
     def __call__(
         self, what: str, flight: int, stage: int, cell: int = -1, peer: int = -1, nbytes: int = 0

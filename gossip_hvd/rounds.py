@@ -7,6 +7,7 @@ engine lowers each transfer to messages between ranks (see ``flight.py``). Nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 WEIGHTS = "weights"
 """The payload slot of the model's parameters."""
@@ -82,19 +83,19 @@ def exact_mean(number: int, me: int, nodes: int, slot: str = WEIGHTS) -> Round:
     Each node reduces one part of the model and sends the result to all: 2M(n−1)/n bytes a node,
     as a ring all-reduce, in two stages instead of 2(n−1).
     """
+    return Round(number, _mean_stages(me, nodes, slot) if nodes > 1 else (), blocking=True)
+
+
+@lru_cache(maxsize=16)
+def _mean_stages(me: int, nodes: int, slot: str) -> tuple[Stage, Stage]:
+    """To the parts' owners for summing, and from them; the same in every round."""
     others = [node for node in range(nodes) if node != me]
-    if not others:
-        return Round(number, blocking=True)
     w = 1.0 / nodes
     to_owner = tuple(Transfer(j, j, w, slot) for j in others)
     mine_in = tuple(Transfer(j, me, w, slot) for j in others)
     mine_out = tuple(Transfer(j, me, 1.0, slot) for j in others)
     from_owner = tuple(Transfer(j, j, 1.0, slot) for j in others)
-    return Round(
-        number,
-        (
-            Stage(to_owner, mine_in, "parts", "mean"),
-            Stage(mine_out, from_owner, "parts", "copy"),
-        ),
-        blocking=True,
+    return (
+        Stage(to_owner, mine_in, "parts", "mean"),
+        Stage(mine_out, from_owner, "parts", "copy"),
     )

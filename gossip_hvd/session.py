@@ -5,26 +5,30 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from gossip_hvd import __version__
 from gossip_hvd.agreement import require_agreement
+from gossip_hvd.endings import end_on_errors, record_on_sigterm
 from gossip_hvd.errors import ConfigError, unknown
 from gossip_hvd.node import Cluster
 from gossip_hvd.operations import Operations
 from gossip_hvd.settings import PREFIX, SCOPES, VARIABLES, refuse_unknown, setting
 from gossip_hvd.transport import mpi
-from gossip_hvd.transport.mpi import World
+from gossip_hvd.transport.mpi import Post, World
+from gossip_hvd.waits import Facts, waiting
+from gossip_hvd.watch import Patience, Watch
 
 log = logging.getLogger("gossip_hvd")
 
-EXIT_CODE = 1
-"""What the job ends with when a rank raises."""
+ABORT = 10.0
+"""Seconds after which a rank leaves although MPI has not ended it."""
 
 
 class Horovod(Protocol):
@@ -52,22 +56,26 @@ class Session:
 
     Attributes:
         world: all ranks.
+        watch: looks after every wait.
         cluster: the nodes.
         scope: ``"node"`` or ``"world"``.
         node_comm: the communicator of this rank's node.
         arguments: what ``init`` was called with.
         operations: world-wide operations matched by name.
+        letters: carries those of the watch.
         process_sets: by framework, this node's Horovod process set; None for a node of one rank.
         frameworks: by name, the Horovod modules that run.
         closers: called in order at shutdown, while all ranks are still there.
     """
 
     world: World
+    watch: Watch
     cluster: Cluster
     scope: str
     node_comm: Any
     arguments: dict[str, Any]
     operations: Operations
+    letters: Post
     process_sets: dict[str, Any] = field(default_factory=dict)
     frameworks: dict[str, Horovod] = field(default_factory=dict)
     closers: list[Callable[[], None]] = field(default_factory=list)
@@ -82,8 +90,26 @@ class Session:
         """World ranks of this rank's node."""
         return self.cluster.nodes[self.node]
 
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Within it, a wait may take as long as one at the end of the job, for a disk say."""
+        before = self.watch.patience
+        self.watch.patience = replace(before, stop_after=setting("SHUTDOWN_TIMEOUT"))
+        try:
+            yield
+        finally:
+            self.watch.patience = before
+
+    def waits_for(self, ranks: Iterable[int], what: str) -> Facts:
+        """Of a wait of this rank for some others, to do something together with them."""
+        me = self.world.rank
+        others = tuple(rank for rank in ranks if rank != me)
+        text = f"rank {me} (node {self.node}) waits for ranks {list(others)} to {what}"
+        return Facts(text, others)
+
 
 _session: Session | None = None
+_latest: Watch | None = None
 
 
 def current() -> Session:
@@ -160,15 +186,18 @@ def shutdown() -> None:
     atexit.unregister(shutdown)
     # Another rank may still evaluate or save for long: wait with patience. Rounds that this rank
     # owes come first, since others may be waiting for them before they come here.
-    session.world.limit = setting("SHUTDOWN_TIMEOUT")
-    for closer in session.closers:
-        closer()
-    session.world.barrier("shutdown")
-    session.operations.close()
-    # A fast rank may not close Horovod or MPI under a slow one.
-    session.world.barrier("shutdown")
-    for hvd in session.frameworks.values():
-        hvd.shutdown()
+    with session.patient():
+        for closer in session.closers:
+            closer()
+        session.watch.left = True
+        session.world.barrier("shutdown")
+        session.operations.close()
+        # A fast rank may not close Horovod or MPI under a slow one.
+        session.world.barrier("shutdown")
+        for hvd in session.frameworks.values():
+            hvd.shutdown()
+    session.watch.close()
+    session.letters.free()
     session.node_comm.Free()
     session.world.free()
 
@@ -179,13 +208,15 @@ def _start(arguments: dict[str, Any]) -> Session:
     if scope not in SCOPES:
         raise unknown("horovod_scope", scope, SCOPES)
     MPI = mpi.start()
-    _abort_on_errors(MPI)
     comm = arguments["comm"]
     if comm is None:
         comm = MPI.COMM_WORLD
     elif isinstance(comm, list):
         comm = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(comm))
-    world = World(MPI, comm, setting("STALL_TIMEOUT"))
+    watch = _watch(MPI, comm)
+    world = World(MPI, comm)
+    letters = world.post()
+    watch.connect(letters)
     node_size = arguments["node_size"]
     require_agreement(
         world,
@@ -208,13 +239,54 @@ def _start(arguments: dict[str, Any]) -> Session:
         log.warning(
             "gossip_hvd: one node of %d rank(s): there is nobody to gossip with.", world.size
         )
-    return Session(world, cluster, scope, node_comm, arguments, Operations(world))
+    watch.node = cluster.node_of(world.rank)
+    operations = Operations(world, watch.patience)
+    return Session(world, watch, cluster, scope, node_comm, arguments, operations, letters)
+
+
+def _watch(MPI: Any, comm: Any) -> Watch:
+    """The watch of this rank; from now on whatever goes wrong ends the whole job."""
+    rank, folder = comm.Get_rank(), setting("RECORD_DIR")
+
+    def end(code: int) -> None:
+        # Where MPI cannot reach its launcher any more, this rank at least must go.
+        leave = threading.Timer(ABORT, os._exit, [code])
+        leave.daemon = True
+        leave.start()
+        if MPI.COMM_WORLD.Get_size() > 1 and not MPI.Is_finalized():
+            MPI.COMM_WORLD.Abort(code)
+        os._exit(code)
+
+    watch = Watch(
+        rank,
+        comm.Get_size(),
+        socket.gethostname(),
+        Patience(setting("STALL_WARNING"), setting("STALL_TIMEOUT")),
+        end,
+        None if folder is None else Path(folder),
+    )
+
+    global _latest
+    _latest = watch
+
+    def end_because(why: str, code: int) -> None:
+        # Also after the last shutdown: other ranks may wait for this one at MPI's own end.
+        if _latest is not None:
+            _latest.ending(why)
+        if MPI.COMM_WORLD.Get_size() > 1 and not MPI.Is_finalized():
+            end(code)
+
+    end_on_errors(rank, end_because)
+    if folder is not None:
+        record_on_sigterm(watch.write)
+    return watch
 
 
 def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any) -> None:
     node = list(session.node_ranks)
     if session.scope == "node":
-        hvd.init(comm=session.node_comm)
+        with waiting(session.waits_for(node, "start Horovod")):
+            hvd.init(comm=session.node_comm)
         expected = (node.index(session.world.rank), len(node))
         session.process_sets[framework] = hvd.global_process_set if len(node) > 1 else None
     else:
@@ -226,7 +298,8 @@ def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any
         by_ranks = {tuple(s.ranks): s for s in process_sets or () if s.ranks}
         extra = [s for s in process_sets or () if tuple(s.ranks or ()) not in set(nodes)]
         sets = [by_ranks.get(ranks, s) for ranks, s in zip(nodes, ours, strict=False)]
-        hvd.init(comm=session.world.comm, process_sets=[*sets, *extra] or None)
+        with waiting(session.waits_for(range(session.world.size), "start Horovod")):
+            hvd.init(comm=session.world.comm, process_sets=[*sets, *extra] or None)
         expected = (session.world.rank, session.world.size)
         mine = sets[session.node] if sets else hvd.global_process_set
         session.process_sets[framework] = mine if len(node) > 1 else None
@@ -237,23 +310,3 @@ def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any
             "against the MPI that mpi4py loads (make setup does)."
         )
     session.frameworks[framework] = hvd
-
-
-def _abort_on_errors(MPI: Any) -> None:
-    """One rank's uncaught exception ends the whole job, its own traceback on top."""
-    if getattr(sys.excepthook, "ends_the_job", False):
-        return
-
-    def end_the_job(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        rank = MPI.COMM_WORLD.Get_rank()
-        lines = "".join(traceback.format_exception(kind, error, trace))
-        sys.stdout.flush()
-        sys.stderr.write(f"\ngossip_hvd: rank {rank} raised; the job ends.\n{lines}")
-        sys.stderr.flush()
-        if MPI.COMM_WORLD.Get_size() > 1 and not MPI.Is_finalized():
-            MPI.COMM_WORLD.Abort(EXIT_CODE)
-
-    end_the_job.ends_the_job = True  # type: ignore[attr-defined]
-    sys.excepthook = end_the_job

@@ -43,6 +43,10 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _patience(text: str) -> float:
+    return float("inf") if text == "never" else _seconds(text)
+
+
 SCOPES = ("node", "world")
 
 VARIABLES: dict[str, Variable] = {
@@ -50,11 +54,20 @@ VARIABLES: dict[str, Variable] = {
     "NODE_SIZE": Variable(_positive, None, "a number of ranks", "ranks of a virtual node"),
     "METHOD": Variable(str, "crossover", "the name of a method", "how nodes train together"),
     "SEED": Variable(int, 0, "an integer", "seed of every random choice of peers"),
+    "STALL_WARNING": Variable(
+        _seconds, 60.0, "a number of seconds", "after how long a wait without progress is named"
+    ),
     "STALL_TIMEOUT": Variable(
-        _seconds, 300.0, "a number of seconds", "how long a wait may be without any progress"
+        _patience, 300.0, "a number of seconds, or never", "after how long it ends the job"
     ),
     "SHUTDOWN_TIMEOUT": Variable(
-        _seconds, 3600.0, "a number of seconds", "how long a rank that has ended waits for others"
+        _patience,
+        3600.0,
+        "a number of seconds, or never",
+        "how long a rank that has ended waits for others",
+    ),
+    "RECORD_DIR": Variable(
+        str, None, "a directory", "where ranks write their last transfers when a job ends badly"
     ),
 }
 

@@ -152,5 +152,5 @@ class Simulation:
             if next(going[rank], None) is None:
                 del going[rank]
         rank, engine = next((r, self.engines[r]) for r in going)
-        waiting = engine._flying.describe() if engine._flying else f"rank {rank}"
+        waiting = engine._flying.facts().text if engine._flying else f"rank {rank}"
         raise StallError(f"simulation stopped after {turns} polls: {waiting}")

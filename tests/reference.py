@@ -267,6 +267,15 @@ class SlowMo(PGA):
 
 
 @dataclass
+class SlowMoSGP(SlowMo, SGP):
+    """SlowMo over SGP: the mean is of the biased weights, whose masses begin again."""
+
+    def average(self) -> None:
+        super().average()
+        self.w = np.ones((self.n, 1))
+
+
+@dataclass
 class QuasiGlobal(Gossip):
     """m = μ m̂ + g ; x⁺ = W(x − η m) ; m̂ ← μ m̂ + (1 − μ)(x − x⁺)/η."""
 

@@ -29,6 +29,7 @@ from gossip_hvd.seat import Seat
 from gossip_hvd.segments import ALIGN, Field, Layout
 from gossip_hvd.simulate import Simulation
 from gossip_hvd.topology import Custom, Ring
+from gossip_hvd.watch import Patience, Watch
 
 LAYOUT = Layout.blocks(
     [
@@ -767,6 +768,15 @@ def test_a_topology_object_is_taken_as_it_is() -> None:
 # Waiting ---------------------------------------------------------------------------------------
 
 
+def impatient(steps: Steps) -> None:
+    """Drive with a watch that gives up at once."""
+    watch = Watch(0, 1, "here", Patience(0.05, 0.05), lambda _: None)
+    try:
+        drive(steps)
+    finally:
+        watch.close()
+
+
 @pytest.mark.parametrize("timing", ["atc", "awc"])
 def test_a_wait_that_is_too_long_names_rank_round_segment_and_peer(timing: str) -> None:
     sim = simulation(equal_nodes(2, 2), timing=timing)
@@ -774,7 +784,7 @@ def test_a_wait_that_is_too_long_names_rank_round_segment_and_peer(timing: str) 
     engine = sim.engines[1]
     engine.reduced()
     with pytest.raises(StallError) as caught:
-        drive(engine.drain(), limit=0.05)
+        impatient(engine.drain())
     sentence = str(caught.value)
     number = 1 if timing == "atc" else 0
     assert f"rank 1 (node 0), round {number}, stage 0 (mix)" in sentence
@@ -791,7 +801,7 @@ def test_a_missing_segment_is_called_by_its_name() -> None:
     ours, theirs = a.step(), b.step()
     next(theirs)  # both give their words, and then the other sends nothing
     with pytest.raises(StallError, match=r"segment 'stem': waits for data from rank 1 \(node 1\)"):
-        drive(ours, limit=0.05)
+        impatient(ours)
 
 
 # Overlap ---------------------------------------------------------------------------------------
@@ -837,8 +847,8 @@ def test_threads_move_the_exchange_and_change_no_bit(random: np.random.Generator
         for _ in range(6):
             wander(cluster.node_of(rank), sim.values(rank))
             engines[rank].reduced()
-            drive(engines[rank].step(), limit=20)
-        drive(engines[rank].drain(), limit=20)
+            drive(engines[rank].step())
+        drive(engines[rank].drain())
 
     run_threads([partial(body, rank) for rank in range(cluster.size)])
     assert sim.nodes().tobytes() == recursion(rows, method, 6, "awc", None).tobytes()
@@ -887,8 +897,8 @@ def test_an_exchange_is_over_before_the_step_that_it_overlaps() -> None:
             record("update", engine._sequence, 0)
             descend(rank, sim.values(rank))
             engine.reduced()
-            drive(engine.step(), limit=20)
-        drive(engine.drain(), limit=20)
+            drive(engine.step())
+        drive(engine.drain())
 
     run_threads([partial(body, rank) for rank in range(2)])
     for engine in engines:
@@ -923,10 +933,10 @@ def test_an_error_under_way_reaches_the_caller() -> None:
         raise ConnectionError("the cable is out")
 
     engine.seat.wire.test = broken  # type: ignore[method-assign]
-    drive(engine.step(), limit=20)
+    drive(engine.step())
     engine.reduced()
     with pytest.raises(ConnectionError, match="the cable is out"):
-        drive(engine.step(), limit=20)
+        drive(engine.step())
     engine.close()
 
 

@@ -18,6 +18,7 @@ HOUSE = Path(gossip_hvd.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
+    ("postmortem",),
     ("keras",),
     ("tensorflow",),  # above torch only because Keras may run on PyTorch
     ("torch",),
@@ -26,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("session",),
     ("operations",),
     ("execution",),
+    ("saved",),
     ("engine",),
     ("progress",),
     ("shuffle", "checkpoint", "observe"),
@@ -35,11 +37,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("memory", "node", "options", "agreement", "blocks", "negotiation"),
     ("joining",),
     ("transport",),
+    ("watch",),
+    ("inquiry",),
+    ("waits", "endings", "letters", "frames", "records"),
     ("settings", "recorder", "requests"),
     ("methods", "reductions"),
     ("mixing", "rounds"),
     ("topology", "segments"),
-    ("draws",),
+    ("draws", "schedules"),
     ("__init__",),
     ("errors",),
 )

@@ -5,14 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
-from reference import Dense
+from rows import (
+    CASES,
+    COLUMNS,
+    LAYOUT,
+    MU,
+    ROWS,
+    SEED,
+    SLOTS,
+    STAR,
+    STEPS,
+    TABLE,
+    UNEVEN,
+    Quadratic,
+    Row,
+    assert_nodes_are_one,
+    dense,
+    losses_at,
+    masses,
+    rate_at,
+    sgd,
+    simulation,
+    train,
+)
 
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.methods import (
@@ -39,173 +61,20 @@ from gossip_hvd.methods import (
 )
 from gossip_hvd.methods.contract import Context
 from gossip_hvd.node import Cluster
-from gossip_hvd.rounds import GRADIENTS, MOMENTUM, VARIANCE, WEIGHTS
+from gossip_hvd.rounds import MOMENTUM, WEIGHTS
 from gossip_hvd.segments import Field, Layout
 from gossip_hvd.simulate import Simulation
 from gossip_hvd.topology import (
     TOPOLOGIES,
     BaseGraph,
     Custom,
-    Derangement,
-    DirectedExponential,
-    Dissemination,
-    Fair,
     Hypercube,
     KPeerExponential,
     OnePeerExponential,
-    RandomPush,
-    Ring,
-    Rotated,
     Topology,
     Unfair,
 )
 
-SEED = 7
-STEPS = 9
-MU = 0.6
-BETA2 = 0.99
-EPSILON = 1e-3
-SLOTS = (GRADIENTS, MOMENTUM, VARIANCE)
-
-SIZES = {1: (2,), 2: (1, 2), 3: (2, 1, 1), 4: (2, 2, 2, 2), 5: (1, 2, 1, 3, 1), 8: (1,) * 8}
-"""Ranks of every node, by the number of nodes: uneven where that is possible."""
-
-SHAPE = ((5, "a"), (9, "a"), (30, "b"), (2, "b"), (17, "c"), (1, "c"))
-LAYOUT = Layout.blocks([Field(f"p{i}", "float64", k, 8, b) for i, (k, b) in enumerate(SHAPE)])
-SEGMENT_OF = [
-    next(i for i, s in enumerate(LAYOUT.segments) if s.start <= byte < s.stop)
-    for byte in range(0, LAYOUT.nbytes, 8)
-]
-COLUMNS = len(SEGMENT_OF)
-
-
-def cluster_of(sizes: Sequence[int]) -> Cluster:
-    starts = np.cumsum([0, *sizes]).tolist()
-    return Cluster(tuple(tuple(range(a, a + k)) for a, k in zip(starts, sizes, strict=False)))
-
-
-# The table -------------------------------------------------------------------------------------
-
-
-def dense(
-    kind: type[Dense], topology: Topology | None = None, **extra: Any
-) -> Callable[..., Dense]:
-    """Makes the reference of a method over a topology, or over none."""
-
-    def make(X: Any, **more: Any) -> Dense:
-        n = len(X)
-        identity = np.eye(n)
-        mixing = lambda t, s: identity if topology is None else topology.matrix(n, SEED, t, s)  # noqa: E731
-        known = {"mixing": mixing} if issubclass(kind, reference.Gossip) else {}
-        return kind(X, SEGMENT_OF, **known, **extra, **more)
-
-    return make
-
-
-def two_then_one(X: Any, **more: Any) -> Dense:
-    n, early, late = len(X), KPeerExponential(2), OnePeerExponential()
-    mixing = lambda t, s: (early if t < 4 else late).matrix(n, SEED, t, s)  # noqa: E731
-    return reference.Gossip(X, SEGMENT_OF, mixing=mixing, **more)
-
-
-def uneven_push(n: int, seed: int, round: int, segment: int) -> Any:
-    """Directed and time-varying; one node a round gives away three quarters."""
-    P = np.zeros((n, n))
-    for j in range(n):
-        share = 0.75 if j == round % n else 0.5
-        P[j, j] += 1 - share
-        P[(j + 1 + round % (n - 1)) % n, j] += share
-    return P
-
-
-UNEVEN = Custom.from_function(uneven_push, "column")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method, with options that show all of it within a few rounds.
-
-    Attributes:
-        method: what is tested.
-        dense: makes its reference.
-        even: whether it needs an even number of nodes.
-        optimizer: of the local step.
-        agrees: whether it pulls replicas together.
-    """
-
-    method: Method
-    dense: Callable[..., Dense]
-    even: bool = False
-    optimizer: str = "SGD"
-    agrees: bool = True
-
-
-R = reference
-ROWS: dict[str, Row] = {
-    "none": Row(Silent(), dense(R.Dense), agrees=False),
-    "allreduce": Row(METHODS["allreduce"](), dense(R.AllReduce)),
-    "gossip": Row(Gossip(), dense(R.Gossip, OnePeerExponential())),
-    "gossip ring": Row(Gossip("ring"), dense(R.Gossip, Ring())),
-    "gossip base graph": Row(Gossip(BaseGraph(2)), dense(R.Gossip, BaseGraph(2))),
-    "gossip derangement": Row(Gossip("derangement"), dense(R.Gossip, Derangement())),
-    "gossip two peers early": Row(Gossip(peers={0: 2, 4: 1}), two_then_one),
-    "gossip in turns": Row(Gossip(stream=2), dense(R.Gossip, OnePeerExponential(), stream=2)),
-    "crossover": Row(Crossover(), dense(R.Gossip, Fair())),
-    "crossover in turns": Row(Crossover(stream=3), dense(R.Gossip, Fair(), stream=3)),
-    "ceca": Row(Ceca(), dense(R.Ceca)),
-    "ceca 1-port": Row(Ceca(1), dense(R.Ceca, ports=1), even=True),
-    "gossip_pga": Row(GossipPGA("crossover", 3), dense(R.PGA, Fair(), H=3)),
-    "pga over sgp": Row(GossipPGA(SGP("random_push"), 3), dense(R.PeriodicSGP, RandomPush(), H=3)),
-    "gossip_aga": Row(
-        GossipAGA(initial=2, warm_up=4, longest=5), dense(R.AGA, OnePeerExponential())
-    ),
-    "local_sgd": Row(LocalSGD(period=3), dense(R.PGA, H=3)),
-    "post_local_sgd": Row(PostLocalSGD(switch=4, period=3), dense(R.PGA, H=3, switch=4)),
-    "gossipgrad": Row(GossipGraD(), dense(R.Gossip, Rotated(Dissemination()), slots=("X", "V"))),
-    "gossipgrad cube": Row(
-        GossipGraD("hypercube", rotate=False, payload="weights"),
-        dense(R.Gossip, Hypercube(skip=True)),
-    ),
-    "gossipgrad gradients": Row(
-        GossipGraD(payload="gradients"),
-        dense(R.GradientGossip, Rotated(Dissemination())),
-        agrees=False,
-    ),
-    "gossipgrad adam": Row(
-        GossipGraD(),
-        dense(R.Adam, Rotated(Dissemination()), slots=("X", "V", "S")),
-        optimizer="Adam",
-    ),
-    "sgp": Row(SGP(), dense(R.SGP, DirectedExponential())),
-    "sgp random push": Row(SGP("random_push"), dense(R.SGP, RandomPush())),
-    "sgp uneven": Row(SGP(UNEVEN), dense(R.SGP, UNEVEN)),
-    "slowmo": Row(SlowMo(period=3, beta=0.4, alpha=0.8), dense(R.SlowMo, H=3, beta=0.4, alpha=0.8)),
-    "slowmo over gossip": Row(SlowMo("gossip", 3), dense(R.SlowMo, OnePeerExponential(), H=3)),
-    "averaged_momentum": Row(
-        AveragedMomentum("crossover"), dense(R.Gossip, Fair(), slots=("X", "V"))
-    ),
-    "averaged momentum, local": Row(
-        AveragedMomentum(LocalSGD(period=3)), dense(R.PGA, H=3, slots=("X", "V"))
-    ),
-    "quasi_global": Row(QuasiGlobal(mu=MU), dense(R.QuasiGlobal, OnePeerExponential())),
-    "quasi-global adam": Row(
-        QuasiGlobal(mu=MU, beta2=BETA2),
-        dense(R.QuasiGlobalAdam, OnePeerExponential()),
-        optimizer="Adam",
-    ),
-    "decentlam": Row(DecentLaM(), dense(R.DecentLaM, Ring())),
-    "decentlam damped": Row(DecentLaM(damping=0.02), dense(R.DecentLaM, Ring(), damping=0.02)),
-    "dsgd_ac": Row(
-        AdaptiveConsensus(floor=0.3),
-        dense(R.AdaptiveConsensus, OnePeerExponential(), floor=0.3),
-    ),
-    "schedule": Row(Schedule({0: "allreduce", 4: "crossover"}), dense(R.WarmUp, Fair(), switch=4)),
-}
-
-CASES = [(name, timing) for name, row in ROWS.items() for timing in row.method.timings]
-TABLE = [
-    (*case, n) for case in CASES for n in SIZES if n % 2 == 0 or n == 1 or not ROWS[case[0]].even
-]
 cases = pytest.mark.parametrize(("name", "timing"), CASES)
 each = pytest.mark.parametrize(("name", "timing", "n"), TABLE)
 
@@ -214,92 +83,11 @@ def test_every_registered_method_has_a_row() -> None:
     assert {row.method.name for row in ROWS.values()} == set(METHODS)
 
 
-# Running a row ---------------------------------------------------------------------------------
-
-
-def sgd(rate: float, mu: float = MU) -> Callable[[Mapping[str, Any]], None]:
-    def step(slots: Mapping[str, Any]) -> None:
-        v = slots[MOMENTUM]
-        v[...] = mu * v + slots[GRADIENTS]
-        slots[WEIGHTS][...] -= rate * v
-
-    return step
-
-
-def adam(rate: float) -> Callable[[Mapping[str, Any]], None]:
-    def step(slots: Mapping[str, Any]) -> None:
-        g, v, s = slots[GRADIENTS], slots[MOMENTUM], slots[VARIANCE]
-        v[...] = MU * v + (1 - MU) * g
-        s[...] = BETA2 * s + (1 - BETA2) * g**2
-        slots[WEIGHTS][...] -= rate * v / (np.sqrt(s) + EPSILON)
-
-    return step
-
-
-OPTIMIZERS = {"SGD": sgd, "Adam": adam}
-
-
-@dataclass
-class Quadratic:
-    """f_i(x) = ½ Σ h (x − b_i)²: the optimum of the nodes' mean is the mean of b."""
-
-    b: Any
-    h: Any
-
-    @classmethod
-    def draw(cls, n: int, spread: float, seed: int = 1) -> Quadratic:
-        random = np.random.default_rng(seed)
-        common = random.normal(size=COLUMNS)
-        b = common + spread * random.normal(size=(n, COLUMNS))
-        return cls(b, random.uniform(0.5, 1.5, COLUMNS))
-
-    def of(self, node: int, x: Any) -> Any:
-        return self.h * (x - self.b[node])
-
-    def rows(self, X: Any) -> Any:
-        return self.h * (X - self.b)
-
-
-def simulation(row: Row, n: int, timing: str, *, start: Any = None, **options: Any) -> Simulation:
-    method = row.method.fitted(row.optimizer)
-    sim = Simulation(
-        cluster_of(SIZES[n]), method, LAYOUT, seed=SEED, slots=SLOTS, timing=timing, **options
-    )
-    if start is None:
-        start = np.broadcast_to(np.linspace(-1, 1, COLUMNS), (n, COLUMNS))
-    sim.fill(start)
-    return sim
-
-
-def rate_at(t: int) -> float:
-    return 0.1 if t < 5 else 0.05
-
-
-def losses_at(t: int, n: int) -> list[float]:
-    return [(4.0 + node) / (1 + t) for node in range(n)]
-
-
-def train(sim: Simulation, row: Row, task: Quadratic, t: int, rate: float | None = None) -> None:
-    rate = rate_at(t) if rate is None else rate
-    sim.train(task.of, OPTIMIZERS[row.optimizer](rate), rate, losses_at(t, len(task.b)))
-
-
-def assert_nodes_are_one(sim: Simulation) -> None:
-    """Ranks of a node hold the same bits in every slot, and the same state."""
-    for ranks in sim.cluster.nodes:
-        for rank in ranks[1:]:
-            for slot in (WEIGHTS, *SLOTS):
-                assert np.array_equal(sim.values(ranks[0], slot), sim.values(rank, slot)), slot
-            assert sim.engines[ranks[0]].state == sim.engines[rank].state
-
-
-def masses(sim: Simulation) -> Any:
-    """The push-sum masses of all nodes, ones for other methods."""
-    found = []
-    for ranks in sim.cluster.nodes:
-        state = sim.engines[ranks[0]].state
-        found.append(getattr(getattr(state, "base", state), "mass", 1.0))
-    return np.array(found)[:, None]
+def test_every_row_runs_on_every_size_and_timing_it_allows() -> None:
+    for name, row in ROWS.items():
+        ran = {(timing, n) for each, timing, n in TABLE if each == name}
+        sizes = [n for n in (1, 2, 3, 4, 5, 8) if n % 2 == 0 or n == 1 or not row.even]
+        assert ran == {(timing, n) for timing in row.method.timings for n in sizes}
 
 
 # The laws --------------------------------------------------------------------------------------
@@ -501,11 +289,11 @@ def test_gossip_is_exact_where_a_theorem_says_so(topology: Topology, sizes: Sequ
         assert apart_after(Gossip(topology), n, rounds) < 1e-13
 
 
-@pytest.mark.parametrize("name", ["ring", "torus", "static_exponential"])
-def test_a_fixed_graph_contracts_by_its_second_singular_value(name: str) -> None:
+@pytest.mark.parametrize("name", ["ring", "torus", "grid", "static_exponential", STAR])
+def test_a_fixed_graph_contracts_by_its_second_singular_value(name: str | Topology) -> None:
     n = 8
-    W = TOPOLOGIES[name]().matrix(n)
-    _, singular, right = np.linalg.svd(W - 1 / n)
+    topology = TOPOLOGIES[name]() if isinstance(name, str) else name
+    _, singular, right = np.linalg.svd(topology.matrix(n) - 1 / n)
     sim = Simulation(Cluster.grouped(n, 1), Gossip(name), LAYOUT)
     sim.fill(np.tile(right[0][:, None], COLUMNS))
     for power in range(1, 4):
@@ -531,7 +319,7 @@ def test_crossovers_expected_contraction(peers: str) -> None:
 
 
 def run(method: Method, n: int = 5, timing: str = "atc", steps: int = STEPS, **options: Any) -> Any:
-    row = Row(method, dense(R.Dense))
+    row = Row(method, dense(reference.Dense))
     sim = simulation(row, n, timing, **options)
     task = Quadratic.draw(n, 1.0)
     for t in range(steps):
@@ -545,6 +333,8 @@ def test_limits_of_periodic_averages() -> None:
     assert np.array_equal(run(GossipPGA("crossover", 1)), run(GossipPGA("none", 1)))
     assert np.array_equal(run(PostLocalSGD(switch=0, period=4)), run(LocalSGD(period=4)))
     assert np.array_equal(run(SlowMo("gossip", 3, beta=0.0)), run(GossipPGA("gossip", 3)))
+    push = SGP("random_push")
+    assert np.array_equal(run(SlowMo(push, 3, beta=0.0)), run(GossipPGA(push, 3)))
     fixed = GossipAGA("gossip", initial=3, exponent=0.0)
     assert np.array_equal(run(fixed), run(GossipPGA("gossip", 3)))
 
@@ -568,6 +358,16 @@ def test_one_node_is_the_plain_optimizer(name: str) -> None:
     assert np.array_equal(run(row.method.fitted("SGD"), 1), run(Silent(), 1))
 
 
+def test_a_graph_that_never_changes_is_planned_once() -> None:
+    """A complete graph of 1,024 nodes has 32,736 transfers in a round of 16 segments."""
+    for method in (Gossip("complete"), SGP("ring"), GossipGraD(), method_of("allreduce")):
+        state = method.start(8, 3, SEED)
+        first, later = (method.plan(state, number, 2) for number in (0, 77))
+        assert later.number == 77
+        lasting = method.name != "gossipgrad"
+        assert (later.stages[0] is first.stages[0]) == (later.stages == first.stages) == lasting
+
+
 def test_two_nodes_of_crossover_and_ceca_are_exact() -> None:
     for method in (Crossover(), Ceca(), Gossip()):
         X = run(method, 2)
@@ -578,7 +378,7 @@ def test_two_nodes_of_crossover_and_ceca_are_exact() -> None:
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
 def test_the_ablation_without_fairness_is_the_dense_one_too(timing: str, n: int) -> None:
     """Row-stochastic: nodes that nobody chose only receive, and still merge what they had sent."""
-    row, task = Row(Crossover("unfair"), dense(R.Gossip, Unfair())), Quadratic.draw(n, 1.0)
+    row, task = Row(Crossover("unfair"), dense(reference.Gossip, Unfair())), Quadratic.draw(n, 1.0)
     sim = simulation(row, n, timing)
     known = row.dense(sim.nodes(), mu=MU, awc=timing == "awc")
     for t in range(STEPS):
@@ -594,7 +394,7 @@ def test_the_ablation_without_fairness_is_the_dense_one_too(timing: str, n: int)
 @pytest.mark.parametrize("topology", ["random_push", UNEVEN])
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_sgp_keeps_all_mass_under_overlap(topology: Any, staleness: int) -> None:
-    n, row = 5, Row(SGP(topology), dense(R.SGP))
+    n, row = 5, Row(SGP(topology), dense(reference.SGP))
     sim = simulation(row, n, "awc", staleness=staleness)
     task = Quadratic.draw(n, 1.0)
     moved, start = np.zeros(COLUMNS), sim.nodes().sum(axis=0)
@@ -630,7 +430,7 @@ def test_sgp_masses_stay_exact_for_a_thousand_rounds() -> None:
 @pytest.mark.parametrize("method", [Gossip(), Crossover(), Ceca(), SGP(UNEVEN), GossipGraD()])
 @pytest.mark.parametrize("timing", ["atc", "awc"])
 def test_a_rounded_wire_keeps_the_mean(method: Method, timing: str) -> None:
-    n, row = 5, Row(method, dense(R.Dense))
+    n, row = 5, Row(method, dense(reference.Dense))
     start = np.random.default_rng(2).normal(size=(n, COLUMNS))
     sim = simulation(row, n, timing, start=start, wire_dtype="bfloat16")
     still = Quadratic(np.zeros((n, COLUMNS)), np.zeros(COLUMNS))
@@ -646,7 +446,7 @@ def test_gradient_gossip_drifts_and_weight_gossip_does_not() -> None:
     apart = {}
     for payload in ("gradients", "weights"):
         random = np.random.default_rng(4)
-        row = Row(GossipGraD(payload=payload), dense(R.Dense))
+        row = Row(GossipGraD(payload=payload), dense(reference.Dense))
         sim = simulation(row, 5, "atc")
         spread = []
         for _ in range(200):
@@ -665,7 +465,7 @@ def test_decentlam_takes_the_bias_of_momentum_away() -> None:
     best = (h * b).sum(axis=0) / h.sum(axis=0)
     errors = {}
     for method in (Gossip("ring"), DecentLaM()):
-        sim = simulation(Row(method, dense(R.Dense)), n, "atc")
+        sim = simulation(Row(method, dense(reference.Dense)), n, "atc")
         for _ in range(150):
             sim.train(lambda node, x: h[node] * (x - b[node]), sgd(0.05, mu=0.9), 0.05)
         errors[method.name] = np.abs(sim.nodes() - best).mean()
@@ -679,7 +479,7 @@ def test_parameters_may_have_learning_rates_of_their_own() -> None:
     by_column = np.repeat(rates, np.diff(starts) // 8)
     n, task = 5, Quadratic.draw(5, 1.0)
     for method in (DecentLaM(), QuasiGlobal(mu=MU), SlowMo("gossip", 3)):
-        row = Row(method, dense(R.Dense))
+        row = Row(method, dense(reference.Dense))
         mixed = simulation(row, n, "atc")
         for _ in range(STEPS):
             mixed.train(task.of, sgd(by_column), rates)  # type: ignore[arg-type]
@@ -693,7 +493,7 @@ def test_parameters_may_have_learning_rates_of_their_own() -> None:
 
 def test_a_learning_rate_of_zero_divides_nothing() -> None:
     for method in (DecentLaM(), QuasiGlobal(), SlowMo(period=2)):
-        row = Row(method, dense(R.Dense))
+        row = Row(method, dense(reference.Dense))
         sim = simulation(row, 4, "atc", start=np.random.default_rng(0).normal(size=(4, COLUMNS)))
         for t in range(4):
             train(sim, row, Quadratic.draw(4, 1.0), t, 0.0)
@@ -702,7 +502,7 @@ def test_a_learning_rate_of_zero_divides_nothing() -> None:
 
 
 def test_aga_averages_less_often_as_the_loss_falls() -> None:
-    row = Row(GossipAGA("gossip", initial=2, warm_up=4, longest=16), dense(R.Dense))
+    row = Row(GossipAGA("gossip", initial=2, warm_up=4, longest=16), dense(reference.Dense))
     sim = simulation(row, 4, "atc")
     task = Quadratic.draw(4, 0.0)
     periods = []
@@ -718,7 +518,7 @@ def test_aga_averages_less_often_as_the_loss_falls() -> None:
 
 def test_agas_rule_can_be_replaced() -> None:
     method = GossipAGA(initial=2, warm_up=0, rule=lambda first, loss, initial, p, longest: 5)
-    sim = simulation(Row(method, dense(R.Dense)), 4, "atc")
+    sim = simulation(Row(method, dense(reference.Dense)), 4, "atc")
     task = Quadratic.draw(4, 0.0)
     for _ in range(6):
         sim.train(task.of, sgd(0.1), losses=[1.0] * 4)
@@ -740,7 +540,7 @@ def test_bytes_sent_are_those_of_the_cost_lines() -> None:
         (LocalSGD(period=3), 2 * (n - 1) / n / 3),
         (Silent(), 0.0),
     ):
-        row = Row(method, dense(R.Dense))
+        row = Row(method, dense(reference.Dense))
         sim = simulation(row, n, "atc")
         for t in range(6):
             train(sim, row, Quadratic.draw(n, 1.0), t)
@@ -785,7 +585,7 @@ def test_bad_options_are_refused_by_name(make: Callable[[], Any], says: str) -> 
 def test_what_a_method_needs_must_be_reported() -> None:
     task = Quadratic.draw(4, 1.0)
     for method, says in ((DecentLaM(), "learning rate"), (GossipAGA(), "loss")):
-        sim = simulation(Row(method, dense(R.Dense)), 4, "atc")
+        sim = simulation(Row(method, dense(reference.Dense)), 4, "atc")
         with pytest.raises(ConfigError, match=says):
             sim.train(task.of, sgd(0.1))
 

@@ -14,7 +14,8 @@ Differs from the authors' code: any base and timing (theirs: ring or one-peer ex
 the start is counted in rounds. lr_t must be the same on every node in the same round, or the mean
 is not kept: let schedules follow rounds, not the steps that a loss scaler lets through.
 
-Reference: "DSGD-AC: decentralized SGD with adaptive consensus", 2026 (arXiv 2602.02899).
+Reference: Wang, Johansson, "Decentralized SGD with controlled disagreement finds flatter minima",
+2026 (arXiv 2602.02899).
 """
 
 from __future__ import annotations

@@ -7,6 +7,12 @@
 | g_i | the node's mean gradient, slot ``"gradients"`` |
 
 Cost: 2M(n−1)/n bytes a node and a round, on the critical path.
+
+Differs from Horovod: summed in double precision, in two stages (to the part's owner, and from it)
+instead of a ring's 2(n−1).
+
+Reference: Sergeev, Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow",
+2018 (arXiv 1802.05799).
 """
 
 from __future__ import annotations

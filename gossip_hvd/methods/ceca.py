@@ -25,7 +25,7 @@ Cost: M bytes and one message a segment, a node and a round; memory one model a 
 Differs from the paper: the gradient is always taken at x (theirs at x̂ where d = 0), so that a
 model has one set of weights to evaluate and to save.
 
-Reference: Ding, Jin, Liu, Ying, Yuan, Yin, "DSGD-CECA: Decentralized SGD with
+Reference: Ding, Jin, Ying, Yuan, Yin, "DSGD-CECA: Decentralized SGD with
 communication-optimal exact consensus algorithm", ICML 2023 (arXiv 2306.00256).
 """
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import ClassVar
 
 from gossip_hvd.errors import ConfigError
@@ -88,20 +89,45 @@ def mixing_round(
     me: int,
     slots: tuple[str, ...] = (WEIGHTS,),
     stream: int = 1,
+    shared: bool = False,
 ) -> Round:
     """One stage in which segments meet the peers that ``topology`` gives them.
 
     With ``stream=k`` segment s takes part in rounds s, s + k, s + 2k, …, and these are rounds
-    0, 1, 2, … of its topology, so that no segment misses a part of a cyclic schedule.
+    0, 1, 2, … of its topology, so that no segment misses a part of a cyclic schedule. With
+    ``shared`` all segments meet the peers of segment 0.
     """
     units = range(number % stream, state.segments, stream)
-    meetings = topology.plan(me, state.nodes, state.seed, number // stream, units)
-    receives, sends = [], []
-    for slot in slots:
-        for unit, meeting in zip(units, meetings, strict=True):
-            receives += [Transfer(peer, unit, w, slot) for peer, w in meeting.receives]
-            sends += [Transfer(peer, unit, w, slot) for peer, w in meeting.sends]
-    return Round(number, (Stage(tuple(sends), tuple(receives)),) if sends or receives else ())
+    place, nodes, seed = number // stream, state.nodes, state.seed
+    if topology.period(nodes) == 1:
+        stage = _lasting_stage(topology, me, nodes, seed, 0, units, slots, shared)
+    else:
+        stage = _stage(topology, me, nodes, seed, place, units, slots, shared)
+    return Round(number, (stage,) if stage.sends or stage.receives else ())
+
+
+def _stage(
+    topology: Topology,
+    me: int,
+    nodes: int,
+    seed: int,
+    place: int,
+    units: range,
+    slots: tuple[str, ...],
+    shared: bool,
+) -> Stage:
+    """Node ``me``'s row and column in round ``place`` of the topology, as transfers."""
+    asked = range(1) if shared else units
+    meetings = topology.plan(me, nodes, seed, place, asked) * (len(units) if shared else 1)
+    pairs = [(slot, *pair) for slot in slots for pair in zip(units, meetings, strict=True)]
+    return Stage(
+        tuple(Transfer(j, unit, w, slot) for slot, unit, met in pairs for j, w in met.sends),
+        tuple(Transfer(j, unit, w, slot) for slot, unit, met in pairs for j, w in met.receives),
+    )
+
+
+# A graph that never changes may have very many peers: one stage serves all its rounds.
+_lasting_stage = lru_cache(maxsize=16)(_stage)
 
 
 def require_stream(method: Method, stream: int) -> None:

@@ -41,10 +41,10 @@ from typing import ClassVar
 import numpy as np
 
 from gossip_hvd.methods.contract import Arrival, Context, Slots, State
-from gossip_hvd.methods.gossip import OverGraph
+from gossip_hvd.methods.gossip import OverGraph, mixing_round
 from gossip_hvd.methods.registry import registered
 from gossip_hvd.mixing import Array, accumulator, combine, mean
-from gossip_hvd.rounds import WEIGHTS, Round, Stage, Transfer
+from gossip_hvd.rounds import WEIGHTS, Round
 from gossip_hvd.topology import Topology
 
 GRAIN = 2.0**40
@@ -102,12 +102,7 @@ class SGP(OverGraph):
 
     def plan(self, state: State, number: int, me: int) -> Round:
         """See ``Method.plan``; one graph for all segments, since a node has one mass."""
-        topology = self.topology_at(number)
-        meeting = topology.peers(me, state.nodes, state.seed, number)
-        units = range(state.segments)
-        sends = tuple(Transfer(peer, unit, p) for unit in units for peer, p in meeting.sends)
-        receives = tuple(Transfer(peer, unit, p) for unit in units for peer, p in meeting.receives)
-        return Round(number, (Stage(sends, receives),) if sends or receives else ())
+        return mixing_round(self.topology_at(number), state, number, me, shared=True)
 
     def note(self, state: State, number: int, context: Context) -> Sequence[float]:
         """The mass."""
@@ -141,6 +136,10 @@ class SGP(OverGraph):
         """All weights are equal, so all masses are again."""
         assert isinstance(state, PushSumState)
         return replace(state, mass=1.0)
+
+    def mass(self, state: State, number: int) -> float:
+        """w."""
+        return _mass(state)
 
 
 def _mass(state: State) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 from horovod.tensorflow import (
     Adasum,
     Average,
@@ -59,40 +57,28 @@ from gossip_hvd.tensorflow.functions import (
     average_variables,
     barrier,
     broadcast_object,
+    broadcast_object_fn,
     gossip_of,
     join,
 )
-from gossip_hvd.tensorflow.keras.optimizer import DistributedOptimizer
+from gossip_hvd.tensorflow.optimizer import DistributedOptimizer
+from gossip_hvd.tensorflow.process_sets import add_process_set, remove_process_set
+from gossip_hvd.tensorflow.rank_ops import (
+    is_homogeneous,
+    local_rank_op,
+    local_size_op,
+    process_set_included_op,
+    rank_op,
+    size_op,
+)
+from gossip_hvd.tensorflow.refused import (
+    BroadcastGlobalVariablesHook,
+    PartialDistributedGradientTape,
+    SyncBatchNormalization,
+    broadcast_global_variables,
+    elastic,
+)
 from gossip_hvd.tensorflow.tape import DistributedGradientTape
-
-
-def _refused(name: str, why: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise ConfigError(f"{name} {why}")
-
-    refuse.__name__ = name
-    refuse.__doc__ = f"Refused: ``{name}`` {why}"
-    return refuse
-
-
-broadcast_global_variables = _refused(
-    "broadcast_global_variables",
-    "is for TensorFlow 1's global variables: use broadcast_variables(model.variables, root_rank).",
-)
-BroadcastGlobalVariablesHook = _refused(
-    "BroadcastGlobalVariablesHook",
-    "is for TensorFlow 1's sessions: use broadcast_variables(model.variables, root_rank).",
-)
-PartialDistributedGradientTape = _refused(
-    "PartialDistributedGradientTape",
-    "keeps some layers local to a rank, and a node's ranks must stay equal: use "
-    "DistributedGradientTape, and another tape for the local layers.",
-)
-SyncBatchNormalization = _refused(
-    "SyncBatchNormalization",
-    "of Horovod does not exist for Keras 3: use keras.layers.BatchNormalization, or "
-    "GroupNormalization, which needs no other rank.",
-)
 
 __all__ = [
     "Adasum",
@@ -112,6 +98,7 @@ __all__ = [
     "StallError",
     "Sum",
     "SyncBatchNormalization",
+    "add_process_set",
     "allgather",
     "allgather_object",
     "allreduce",
@@ -122,12 +109,14 @@ __all__ = [
     "broadcast_",
     "broadcast_global_variables",
     "broadcast_object",
+    "broadcast_object_fn",
     "broadcast_variables",
     "ccl_built",
     "cross_rank",
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "elastic",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
@@ -136,10 +125,13 @@ __all__ = [
     "grouped_allreduce",
     "grouped_reducescatter",
     "init",
+    "is_homogeneous",
     "is_initialized",
     "join",
     "local_rank",
+    "local_rank_op",
     "local_size",
+    "local_size_op",
     "mpi_built",
     "mpi_enabled",
     "mpi_threads_supported",
@@ -149,11 +141,15 @@ __all__ = [
     "node_rank",
     "node_size",
     "nodes",
+    "process_set_included_op",
     "rank",
+    "rank_op",
     "reducescatter",
+    "remove_process_set",
     "rocm_built",
     "shutdown",
     "size",
+    "size_op",
     "start_timeline",
     "stop_timeline",
 ]

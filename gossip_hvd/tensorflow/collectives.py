@@ -102,7 +102,7 @@ def grouped_allreduce(
         outputs = world_operation("allreduce", inputs, name, _dtypes(inputs), **details)
         return _shaped(outputs, inputs)
 
-    reduced = _differentiable(reduce, lambda gradients: reduce(*gradients))(*packed)
+    reduced = _differentiable(reduce, lambda gradients, _: reduce(*gradients))(*packed)
     return [compression.decompress(r, c) for r, c in zip(reduced, contexts, strict=True)]
 
 
@@ -133,12 +133,9 @@ def grouped_allgather(
 
     def gather(*inputs: Any) -> list[Any]:
         outputs = world_operation("allgather", inputs, name, _dtypes(inputs))
-        for output, tensor in zip(outputs, inputs, strict=True):
-            if not tf.executing_eagerly():
-                output.set_shape([None, *tensor.shape[1:]])
-        return outputs
+        return [_shaped_rows(out, x) for out, x in zip(outputs, inputs, strict=True)]
 
-    def backward(gradients: Sequence[Any]) -> list[Any]:
+    def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         means = grouped_allreduce(gradients, op=horovod.Average)
         rows = tf.stack([tf.shape(tensor)[0] for tensor in tensors])
         before = allgather(rows[None])[: session.current().world.rank]
@@ -164,7 +161,7 @@ def broadcast(
         outputs = world_operation("broadcast", inputs, name, _dtypes(inputs), root=root_rank)
         return _shaped(outputs, inputs)
 
-    def backward(gradients: Sequence[Any]) -> list[Any]:
+    def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         mean = allreduce(gradients[0], op=horovod.Average)
         return [mean if session.current().world.rank == root_rank else tf.zeros_like(mean)]
 
@@ -220,9 +217,17 @@ def alltoall(
     tensor = _tensor(tensor)
     if horovod_answers(process_set):
         return horovod.alltoall(tensor, splits, name, ignore_name_scope, _set(process_set))
-    details = {} if splits is None else {"splits": tuple(int(n) for n in splits)}
-    dtypes = [tensor.dtype, tf.int32]
-    rows, received = world_operation("alltoall", [tensor], name, dtypes, **details)
+    further = [] if splits is None else [tf.cast(splits, tf.int32)]
+
+    def send(*inputs: Any) -> list[Any]:
+        dtypes = [tensor.dtype, tf.int32]
+        rows, received = world_operation("alltoall", [*inputs, *further], name, dtypes)
+        return [_shaped_rows(rows, tensor), tf.ensure_shape(received, [None])]
+
+    def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        return [alltoall(gradients[0], outputs[1])[0]]
+
+    rows, received = _differentiable(send, backward)(tensor)
     return rows if splits is None else (rows, received)
 
 
@@ -243,11 +248,11 @@ def reducescatter(
         device_dense,
         compression,
         op,
-        name,
         process_set,
-        ignore_name_scope,
         prescale_factor,
         postscale_factor,
+        name,
+        ignore_name_scope,
     )[0]
 
 
@@ -256,23 +261,39 @@ def grouped_reducescatter(
     device_dense: str = "",
     compression: Any = horovod.Compression.none,
     op: Any = horovod.Average,
-    name: str | None = None,
     process_set: Any = None,
-    ignore_name_scope: bool = False,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
+    name: str | None = None,
+    ignore_name_scope: bool = False,
 ) -> list[Any]:
     """This rank's rows of the reductions of several tensors; arguments as Horovod's."""
     tensors = [_tensor(tensor) for tensor in tensors]
     if horovod_answers(process_set):
-        rest = (compression, op, name, _set(process_set), ignore_name_scope)
-        factors = (prescale_factor, postscale_factor)
-        if len(tensors) == 1:
-            return [horovod.reducescatter(tensors[0], device_dense, *rest, *factors)]
-        return list(horovod.grouped_reducescatter(tensors, device_dense, *rest, *factors))
+        arguments: dict[str, Any] = {
+            "compression": compression,
+            "op": op,
+            "process_set": _set(process_set),
+            "prescale_factor": prescale_factor,
+            "postscale_factor": postscale_factor,
+        }
+        if len(tensors) > 1:  # Horovod names groups itself
+            return list(horovod.grouped_reducescatter(tensors, device_dense, **arguments))
+        arguments.update(name=name, ignore_name_scope=ignore_name_scope)
+        return [horovod.reducescatter(tensors[0], device_dense, **arguments)]
     packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
-    details = {"op": named(op), "prescale": prescale_factor, "postscale": postscale_factor}
-    rows = world_operation("reducescatter", packed, name, _dtypes(packed), **details)
+
+    def reduce(*inputs: Any) -> list[Any]:
+        details = {"op": named(op), "prescale": prescale_factor, "postscale": postscale_factor}
+        outputs = world_operation("reducescatter", inputs, name, _dtypes(inputs), **details)
+        return [_shaped_rows(out, x) for out, x in zip(outputs, inputs, strict=True)]
+
+    def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        everybody = session.current().world.size if op == horovod.Sum else 1
+        factor = everybody * prescale_factor * postscale_factor
+        return [allgather(g * tf.cast(factor, g.dtype)) for g in gradients]
+
+    rows = _differentiable(reduce, backward)(*packed)
     return [compression.decompress(r, c) for r, c in zip(rows, contexts, strict=True)]
 
 
@@ -306,16 +327,22 @@ def _shaped(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     return [tf.ensure_shape(out, x.shape) for out, x in zip(outputs, inputs, strict=True)]
 
 
+def _shaped_rows(output: Any, like: Any) -> Any:
+    return tf.ensure_shape(output, [None, *like.shape[1:]])
+
+
 def _differentiable(
-    forward: Callable[..., list[Any]], backward: Callable[[Sequence[Any]], list[Any]]
+    forward: Callable[..., list[Any]], backward: Callable[[Sequence[Any], Sequence[Any]], list[Any]]
 ) -> Callable[..., list[Any]]:
-    """``forward`` with its own gradient."""
+    """``forward`` with its own gradient, which is given those of the outputs, and the outputs."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def both(*inputs: Any) -> Any:
-        def gradient(*upstream: Any) -> Any:
-            return backward(upstream)
+        outputs = forward(*inputs)
 
-        return forward(*inputs), gradient
+        def gradient(*upstream: Any) -> Any:
+            return backward(upstream, outputs)
+
+        return outputs, gradient
 
     return lambda *inputs: list(both(*inputs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]  # Horovod needs it too
@@ -52,25 +52,30 @@ def settle() -> None:
 
 
 def average_variables(variables: Sequence[Any]) -> None:
-    """Replace variables by their exact mean over nodes, in place; all ranks must call.
+    """Replace variables by their exact mean, in place; all ranks must call.
 
-    Weights that a distributed optimizer trains are averaged by its own method; other variables,
-    batch norm's moving statistics say, are averaged over ranks. Whole numbers stay as they are.
+    Every node counts once where a distributed optimizer or tape trains any of them, batch norm's
+    moving statistics and whatever else it does not train included; otherwise every rank does.
+    Whole numbers stay as they are.
     """
     current = session.current()
-    ours = [g for g in running() if isinstance(g, VariablesGossip) and g.begun]
+    everybody = [g for g in running() if isinstance(g, VariablesGossip) and g.begun]
+    ours = [g for g in everybody if any(g.trains(v) for v in variables)]
     for gossip in ours:
-        if any(_trained_by(gossip, v) for v in variables):
-            gossip.average_parameters()
+        gossip.average_parameters()
+    weight = 1.0 / current.world.size
+    if ours:
+        weight = 1.0 / len(current.cluster.nodes) / len(current.node_ranks)
     for variable in variables:
-        if any(_trained_by(gossip, v) for gossip in ours for v in [variable]):
+        if any(gossip.trains(variable) for gossip in ours):
             continue
         values = np.asarray(_values(variable))
         if values.dtype.kind not in "fc" and _name(variable.dtype) != "bfloat16":
             continue
         wide = values.astype(np.complex128 if values.dtype.kind == "c" else np.float64, order="C")
+        wide *= weight
         current.world.reduce(wide.reshape(-1), "SUM", "average_variables")
-        variable.assign((wide / current.world.size).astype(values.dtype))
+        variable.assign(wide.astype(values.dtype))
 
 
 def gossip_of(variables: Sequence[Any]) -> VariablesGossip:
@@ -107,30 +112,19 @@ def broadcast_object(
     return obj if mine else received
 
 
+def broadcast_object_fn(
+    root_rank: int = 0, session: Any = None, name: str | None = None, process_set: Any = None
+) -> Callable[[Any], Any]:
+    """``broadcast_object`` for one root, as Horovod's estimators ask for it."""
+    return lambda obj: broadcast_object(obj, root_rank)
+
+
 def allgather_object(
     obj: T, session: Any = None, name: str | None = None, process_set: Any = None
 ) -> list[T]:
     """Every rank's object, by rank; pickled, so trust the ranks of your job."""
     gathered = _world().allgather(cloudpickle.dumps(obj), "allgather_object")
     return [cloudpickle.loads(data) for data in gathered]
-
-
-def _world() -> Any:
-    return session.current().world
-
-
-def _trained_by(gossip: VariablesGossip, variable: Any) -> bool:
-    return gossip.trains(variable)
-
-
-def _values(variable: Any) -> Any:
-    """A variable's values on the host, whichever framework it belongs to."""
-    numpy = getattr(variable, "numpy", None)
-    return numpy() if numpy is not None else variable
-
-
-def _name(dtype: Any) -> str:
-    return str(getattr(dtype, "name", dtype))
 
 
 def barrier(process_set: Any = None) -> None:
@@ -147,3 +141,17 @@ def join(device: int = -1) -> int:
     handle.wait()
     assert handle.response is not None
     return handle.response.rows[0][0]
+
+
+def _world() -> Any:
+    return session.current().world
+
+
+def _values(variable: Any) -> Any:
+    """A variable's values on the host, whichever framework it belongs to."""
+    numpy = getattr(variable, "numpy", None)
+    return numpy() if numpy is not None else variable
+
+
+def _name(dtype: Any) -> str:
+    return str(getattr(dtype, "name", dtype))

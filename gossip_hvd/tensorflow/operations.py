@@ -68,7 +68,7 @@ def world_operation(
 
     Args:
         kind: one of ``requests.KINDS``.
-        tensors: its inputs.
+        tensors: its inputs; for ``alltoall`` also the numbers of rows, if they are given.
         name: matches ranks; None for the next number.
         like: the dtypes of the results.
         details: further fields of ``requests.Request``.
@@ -77,7 +77,7 @@ def world_operation(
         name = f"{kind}.traced.{next(_traced)}"
 
     def body(*arrays: Array) -> list[Array]:
-        return _submit(kind, [np.ascontiguousarray(a) for a in arrays], name, details)
+        return _submit(kind, [np.require(a, requirements="C") for a in arrays], name, details)
 
     if tf.executing_eagerly():
         return [tf.convert_to_tensor(r) for r in body(*(np.asarray(t) for t in tensors))]
@@ -90,6 +90,8 @@ def _submit(
     kind: str, arrays: list[Array], name: str | None, details: dict[str, Any]
 ) -> list[Array]:
     operations = session.current().operations
+    if kind == "alltoall" and len(arrays) == 2:
+        details = {**details, "splits": tuple(int(rows) for rows in arrays.pop())}
     same = kind in ("allreduce", "broadcast")
     flat = [array.reshape(-1) for array in arrays]
     outputs = [np.empty_like(array) for array in flat] if same else []

@@ -22,7 +22,7 @@ nodes exchange with me + 2m + 1, even ones with me - 2m - 1.
 
 Cost a round: one message each way, the model's bytes; memory one model more.
 
-Reference: Ding, Jin, Liu, Ying, Yuan, Yin, "DSGD-CECA", ICML 2023, arXiv:2306.00256.
+Reference: Ding, Jin, Ying, Yuan, Yin, "DSGD-CECA", ICML 2023, arXiv:2306.00256.
 """
 
 from __future__ import annotations

@@ -52,6 +52,11 @@ class Custom(Topology):
         size = len(self.rule[0])
         return f"Custom({len(self.rule)} of {size}x{size}, {self.stochastic!r})"
 
+    def __hash__(self) -> int:
+        """Of a row in place of all n²: it is asked for whenever a round is planned."""
+        rule = self.rule if callable(self.rule) else (len(self.rule), self.rule[0][0])
+        return hash((rule, self.stochastic))
+
     @classmethod
     def from_graph(cls, graph: networkx.Graph[Any]) -> Custom:
         """An undirected networkx graph, Metropolis-Hastings weights, nodes in the graph's order.
@@ -120,7 +125,6 @@ class Custom(Topology):
             return [_called(self, n, seed, round, segment)[me] for segment in segments]
         return [self._tables[round % len(self.rule)][me]] * len(segments)
 
-    # Not an lru_cache: it would hash the whole matrix at every look-up.
     @cached_property
     def _tables(self) -> list[list[Meeting]]:
         """All nodes' meetings by each given matrix."""

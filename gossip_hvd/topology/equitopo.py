@@ -14,8 +14,9 @@ Cost a round: one message each way, the model's bytes.
 Differs from the authors' code: the matching is not built by their greedy scan of all nodes but
 by its closed form (`_partner`), O(1) a node.
 
-Reference: Song et al., "Communication-efficient topologies for decentralized learning with O(1)
-consensus rate", NeurIPS 2022, Algorithms 3 and 4.
+Reference: Song, Li, Jin, Shi, Yan, Yin, Yuan, "Communication-efficient topologies for
+decentralized learning with O(1) consensus rate", NeurIPS 2022, arXiv:2210.07881, Algorithms 3
+and 4.
 """
 
 from __future__ import annotations

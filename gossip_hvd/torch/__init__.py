@@ -75,6 +75,7 @@ from gossip_hvd.torch.process_sets import (
     node_process_set,
     remove_process_set,
 )
+from gossip_hvd.torch.recalibration import recalibrate_batch_norm
 from gossip_hvd.torch.reducescatter import (
     grouped_reducescatter,
     grouped_reducescatter_async,
@@ -154,6 +155,7 @@ __all__ = [
     "nodes",
     "poll",
     "rank",
+    "recalibrate_batch_norm",
     "reducescatter",
     "reducescatter_async",
     "remove_process_set",

@@ -6,6 +6,7 @@ carries it out; otherwise it is one of ours, matched by name (see ``gossip_hvd.o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from gossip_hvd import session
 from gossip_hvd.errors import OperationError
 from gossip_hvd.torch.process_sets import NodeProcessSet, horovod_set, number_of
 from gossip_hvd.torch.tensors import array_of, restored, staged, tensor_of
+from gossip_hvd.transport import PAUSE
+from gossip_hvd.waits import Facts, waiting
 
 OPS = {
     horovod.Average: "average",
@@ -64,7 +67,25 @@ def synchronize(handle: Any) -> Any:
         HorovodInternalError: on every rank, where ranks asked for different things under one
             name, or one of them never asked.
     """
-    return handle.synchronize() if isinstance(handle, Pending) else horovod.synchronize(handle)
+    if isinstance(handle, Pending):
+        return handle.synchronize()
+    current = session.current()
+    return watched(handle, current.waits_for(range(current.world.size), "synchronize"))
+
+
+def watched(handle: int, facts: Facts) -> Any:
+    """As Horovod's ``synchronize``, which would wait for ever.
+
+    Args:
+        handle: Horovod's.
+        facts: who waits for whom.
+    """
+    if not horovod.poll(handle):
+        with waiting(facts) as wait:
+            while not horovod.poll(handle):
+                wait.check()
+                time.sleep(0 if time.monotonic() - wait.since < PAUSE else PAUSE / 4)
+    return horovod.synchronize(handle)
 
 
 def begin(
@@ -105,7 +126,8 @@ def begin(
             name = session.current().operations.next_name(kind, -1 - inside.process_set_id)
         handle = _at_horovod(kind, sources, name, inside, grouped, inplace, details)
         done: Callable[[], bool] = partial(horovod.poll, handle)
-        wait: Callable[[], Any] = partial(horovod.synchronize, handle)
+        facts = session.current().waits_for(process_set.ranks or (), f"{kind} {name!r}")
+        wait: Callable[[], Any] = partial(watched, handle, facts)
     else:
         done, wait = _ours(kind, sources, name, number_of(process_set), inplace, details)
 

@@ -140,19 +140,20 @@ class TorchGossip(Gossip):
         self._polling: dict[int, Any] = {}
         self._build()
         scale = current.cluster.gradient_scale(current.node)
-        process_set = current.process_sets["torch"]
+        process_set, ranks = current.process_sets["torch"], current.node_ranks
         if reduction.op == horovod.Sum:
             # A sum counts ranks by itself; all-reduce then takes the mean of the nodes' sums.
             scale = float(len(current.cluster.nodes)) if method.name == "allreduce" else 1.0
         if self.delegated:
             process_set, scale = horovod.global_process_set, 1.0
+            ranks = tuple(range(current.world.size))
         self._reduction = NodeReduction(
             named,
             reduction,
             process_set,
             scale,
             self.key,
-            current.world,
+            functools.partial(current.waits_for, ranks),
             self._at_end_of_backward,
             self._at_begin_of_reduction,
         )

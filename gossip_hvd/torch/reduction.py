@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ import horovod.torch as hvd
 import torch
 from torch.autograd import Variable
 
-from gossip_hvd.errors import ConfigError, StallError
-from gossip_hvd.transport import PAUSE
-from gossip_hvd.transport.mpi import World
+from gossip_hvd.errors import ConfigError
+from gossip_hvd.torch.handles import watched
+from gossip_hvd.waits import Facts
 
 Named = tuple[str, torch.Tensor]
 NATIVE = {torch.float16, torch.float32, torch.float64}
@@ -54,7 +53,7 @@ class NodeReduction:
         scale: what every gradient is multiplied by, as it is computed (see
             ``Cluster.gradient_scale``).
         prefix: makes operation names unique among optimizers.
-        world: who this rank is, and how long it may wait.
+        siblings: says in a wait who waits for whom, and for what.
         completed: called at the end of each backward that completed a reduction.
         begun: called when this rank's part of a reduction is under way, before any wait.
     """
@@ -66,12 +65,12 @@ class NodeReduction:
         process_set: Any,
         scale: float,
         prefix: str,
-        world: World,
+        siblings: Callable[[str], Facts],
         completed: Callable[[], None],
         begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.options, self._process_set, self._scale = options, process_set, scale
-        self._world = world
+        self._siblings = siblings
         self._reduced: dict[int, torch.Tensor] = {}
         self.passes = options.backward_passes_per_step
         self._prefix, self._completed, self._begun = prefix, completed, begun
@@ -239,18 +238,7 @@ class NodeReduction:
                 self._reduced[id(parameter)] = gradient
 
     def _wait(self, handle: int, name: str) -> None:
-        """As ``hvd.synchronize``, which would wait for ever."""
-        since = time.monotonic()
-        while not hvd.poll(handle):
-            waited = time.monotonic() - since
-            if waited > self._world.limit:
-                raise StallError(
-                    f"rank {self._world.rank} waited {waited:.0f} s for the ranks of its node to "
-                    f"average the gradient of {name!r}. Is one of them still computing, or does "
-                    "it train other parameters? The limit is GOSSIP_HVD_STALL_TIMEOUT seconds."
-                )
-            time.sleep(0 if waited < PAUSE else PAUSE / 4)
-        hvd.synchronize(handle)
+        watched(handle, self._siblings(f"average the gradient of {name!r}"))
 
 
 def _bundles(named: Sequence[Named], groups: Sequence[Sequence[str]]) -> list[_Bundle]:

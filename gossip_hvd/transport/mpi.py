@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gossip_hvd.errors import ConfigError, PeerLostError, StallError
+from gossip_hvd.errors import ConfigError, PeerLostError
 from gossip_hvd.transport import PAUSE, Bytes
 from gossip_hvd.transport.group import Group
+from gossip_hvd.waits import Facts, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -112,19 +113,24 @@ class Post:
 
 
 class World:
-    """All ranks of the job: who they are, and collectives with a time limit.
+    """All ranks of the job: who they are, and collectives that are watched.
 
     Args:
         mpi: the MPI module, from ``start``.
         comm: the ranks that take part; duplicated, so that nobody else's messages mix with ours.
-        limit: seconds a collective may take.
     """
 
-    def __init__(self, mpi: Any, comm: MPI.Intracomm, limit: float) -> None:
-        self._mpi, self.limit = mpi, limit
+    def __init__(self, mpi: Any, comm: MPI.Intracomm) -> None:
+        self._mpi = mpi
         self._wires: list[MPI.Intracomm] = []
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        with waiting(self._facts("init")):
+            self._find(comm)
+
+    def _find(self, comm: MPI.Intracomm) -> None:
+        """Who shares a host with whom."""
+        mpi = self._mpi
         self.comm: MPI.Intracomm = comm.Dup()
-        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
         local = self.comm.Split_type(mpi.COMM_TYPE_SHARED, self.rank)
         self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
         leader = local.bcast(self.rank, 0)
@@ -190,9 +196,9 @@ class World:
         total: NDArray[np.float64] = every.sum(axis=0)
         return total
 
-    def barrier(self, what: str, limit: float | None = None) -> None:
-        """Return when every rank has come here, within ``limit`` seconds or the usual limit."""
-        self._wait(self.comm.Ibarrier(), what, limit)
+    def barrier(self, what: str) -> None:
+        """Return when every rank has come here."""
+        self._wait(self.comm.Ibarrier(), what)
 
     def abort(self, code: int) -> None:
         """End the whole job now."""
@@ -204,14 +210,17 @@ class World:
             for comm in (*self._wires, self.comm):
                 comm.Free()
 
-    def _wait(self, request: MPI.Request, what: str, limit: float | None = None) -> None:
-        since, limit = time.monotonic(), limit or self.limit
-        while not request.Test():
-            waited = time.monotonic() - since
-            if waited > limit:
-                raise StallError(
-                    f"rank {self.rank} waited {waited:.0f} s for all {self.size} ranks at: {what}. "
-                    "Some rank has not come here: is it still computing, or has it left? "
-                    "The limit is GOSSIP_HVD_STALL_TIMEOUT seconds."
-                )
-            time.sleep(0 if waited < PAUSE else PAUSE / 4)
+    def _facts(self, what: str) -> Facts:
+        # At the end every rank waits for all others, and has left as far as they are concerned.
+        others = () if what == "shutdown" else (r for r in range(self.size) if r != self.rank)
+        text = f"rank {self.rank} waits for all {self.size} ranks at: {what}"
+        return Facts(text, tuple(others))
+
+    def _wait(self, request: MPI.Request, what: str) -> None:
+        if request.Test():
+            return
+        with waiting(self._facts(what)) as wait:
+            while not request.Test():
+                wait.check()
+                # A collective that all have reached is over in microseconds.
+                time.sleep(0 if time.monotonic() - wait.since < PAUSE else PAUSE / 4)

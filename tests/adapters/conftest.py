@@ -16,5 +16,5 @@ tensorflow = find_spec("tensorflow") is not None
 collect_ignore_glob = [
     *([] if torch else ["test_torch_*.py"]),
     *([] if everything and torch else ["test_torch_trainers.py"]),
-    *([] if everything and tensorflow else ["test_keras_*.py", "test_tensorflow_*.py"]),
+    *([] if tensorflow else ["test_keras_*.py", "test_tensorflow_*.py"]),
 ]

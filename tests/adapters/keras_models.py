@@ -38,6 +38,12 @@ def network(*, name: str | None = None, **arguments: Any) -> Any:
     )
 
 
+def small() -> Any:
+    """One dense layer, for what has to be compiled often."""
+    keras.utils.set_random_seed(7)
+    return keras.Sequential([LAYERS.Input((FEATURES,)), LAYERS.Dense(CLASSES)])
+
+
 def data(rank: int, samples: int = 32) -> tuple[Any, Any]:
     """A rank's own part of the data."""
     random = np.random.default_rng(100 + rank)
@@ -54,10 +60,16 @@ def compiled(optimizer: Any, model: Any = None, **arguments: Any) -> Any:
 
 
 def trained(
-    me: Rank, optimizer: Any, *, epochs: int = 1, callbacks: Any = (), **arguments: Any
+    me: Rank,
+    optimizer: Any,
+    model: Any = None,
+    *,
+    epochs: int = 1,
+    callbacks: Any = (),
+    **arguments: Any,
 ) -> Any:
     """A model after training on this rank's data: 4 steps an epoch."""
-    model = compiled(optimizer, **arguments)
+    model = compiled(optimizer, model, **arguments)
     x, y = data(me.rank)
     model.fit(
         x, y, batch_size=8, epochs=epochs, verbose=0, shuffle=False, callbacks=list(callbacks)

@@ -1,10 +1,9 @@
-"""A program whose rank 1 trains longer than the others: it must end, whoever waits for whom."""
+"""A program whose rank 1 has longer epochs than the other: it must end, whoever waits for whom."""
 
 from __future__ import annotations
 
 import sys
 
-import keras
 from keras_models import compiled, data, sgd
 
 import gossip_hvd.keras as hvd
@@ -15,10 +14,9 @@ def main(node_size: int, callback: str) -> None:
     model = compiled(sgd())
     x, y = data(hvd.rank(), 48 if hvd.rank() == 1 else 32)
     callbacks = [getattr(hvd.callbacks, callback)()] if callback else []
-    model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
+    model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
     print(f"rank {hvd.rank()} has trained", flush=True)
     hvd.shutdown()
-    assert keras.backend.backend()
 
 
 if __name__ == "__main__":

@@ -219,16 +219,25 @@ def test_validation_of_the_merged_model_and_back(me: Rank) -> None:
 
 
 @on_ranks(FOUR)
-def test_batch_normalisation_is_merged_too(me: Rank) -> None:
+def test_batch_normalisation_is_merged_too_and_every_node_counts_once(me: Rank) -> None:
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
         [LAYERS.Input((FEATURES,)), LAYERS.BatchNormalization(), LAYERS.Dense(CLASSES)]
     )
+    before = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_end(self, logs=None) -> None:
+            before.append(model.layers[0].moving_mean.numpy())
+
     x, y = data(me.rank)
-    compiled(sgd(), model).fit(
-        x, y, batch_size=8, verbose=0, callbacks=[hvd.callbacks.GossipCallback()]
-    )
+    callbacks = [Look(), hvd.callbacks.GossipCallback()]
+    compiled(sgd(), model).fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
     assert not differ(me.gather(values(model)))
+    every = me.gather(before[0])
+    assert differ(every)
+    wanted = np.mean([np.mean([every[r] for r in ranks], axis=0) for ranks in me.nodes], axis=0)
+    np.testing.assert_allclose(model.layers[0].moving_mean.numpy(), wanted, rtol=1e-5)
 
 
 @on_ranks(on(BOTH, [Job(2)]))
@@ -239,11 +248,13 @@ def test_the_best_model_is_saved_by_rank_0_alone(me: Rank) -> None:
     callbacks = [
         hvd.callbacks.MetricAverageCallback(),
         hvd.callbacks.BestModelCheckpoint(monitor="loss", filepath=path),
+        weights := hvd.callbacks.BestModelCheckpoint("loss", save_weights_only=True),
     ]
+    weights.filepath = folder / "best.weights.h5"
     model = compiled(sgd())
     model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
     me.settle()
-    assert [p.name for p in folder.iterdir()] == ["best.keras"]
+    assert {p.name for p in folder.iterdir()} == {"best.keras", "best.weights.h5"}
     assert keras.saving.load_model(path).optimizer is not None
     with pytest.raises(ConfigError, match="filepath"):
         model.fit(x, y, verbose=0, callbacks=[hvd.callbacks.BestModelCheckpoint()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import keras
@@ -20,6 +21,7 @@ from keras_models import (
     network,
     on,
     sgd,
+    small,
     trained,
     values,
 )
@@ -143,7 +145,7 @@ def check_optimizers(me: Rank, names: list[str]) -> None:
         assert type(optimizer).__name__ == kind.__name__
         again = type(optimizer).from_config(optimizer.get_config())
         assert type(again) is kind
-        nodes = assert_nodes_agree(me, trained(me, optimizer))
+        nodes = assert_nodes_agree(me, trained(me, optimizer, small()))
         assert not differ(nodes), name
 
 
@@ -167,7 +169,7 @@ def test_stock_optimizers_third_part(me: Rank) -> None:
 def test_an_optimizer_of_several(me: Rank) -> None:
     kinds = [keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.01)]
     several = keras.optimizers.MultiOptimizer(lambda v: kinds[v.path.endswith("kernel")])
-    model = trained(me, hvd.DistributedOptimizer(several))
+    model = trained(me, hvd.DistributedOptimizer(several), small())
     assert not differ(assert_nodes_agree(me, model))
     assert model.optimizer.gossip.round == 4
 
@@ -180,7 +182,7 @@ def test_four_nodes_mix_without_losing_their_mean(me: Rank) -> None:
     np.testing.assert_allclose(np.mean(me.gather(values(model)), axis=0), alone, atol=1e-7)
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_settings_of_the_optimizer_hold(me: Rank) -> None:
     kinds = {
         "clipnorm": {"clipnorm": 0.01},
@@ -191,12 +193,12 @@ def test_settings_of_the_optimizer_hold(me: Rank) -> None:
     }
     for name, arguments in kinds.items():
         plain = keras.optimizers.SGD(0.1, momentum=0.9, **arguments)
-        model = trained(me, hvd.DistributedOptimizer(plain))
+        model = trained(me, hvd.DistributedOptimizer(plain), small())
         assert_nodes_agree(me, model)
         assert model.optimizer.gossip.round == 4, name
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_gradients_are_averaged_before_they_are_clipped(me: Rank) -> None:
     clip = 0.05
     model = network()
@@ -209,7 +211,7 @@ def test_gradients_are_averaged_before_they_are_clipped(me: Rank) -> None:
     assert np.linalg.norm(values(model) - before) == pytest.approx(clip, rel=1e-4)
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_accumulated_gradients_are_reduced_once(me: Rank) -> None:
     """Two batches of 8, averaged by Keras: one step on their 16 samples."""
     model = trained(
@@ -230,7 +232,7 @@ def test_accumulated_gradients_are_reduced_once(me: Rank) -> None:
     np.testing.assert_allclose(values(added), values(model), atol=1e-6)
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_embeddings_with_and_without_dense_gradients(me: Rank) -> None:
     random = np.random.default_rng(me.rank)
     x, y = random.integers(0, 20, (32, 4)), random.integers(0, CLASSES, 32)
@@ -278,7 +280,7 @@ def test_several_models_and_one_that_only_one_rank_has(me: Rank) -> None:
     assert second.optimizer.gossip.round == 4
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_ways_to_train_give_the_same_weights(me: Rank) -> None:
     ways = [{"run_eagerly": True}]
     if backend() == "tensorflow":
@@ -297,7 +299,7 @@ def test_ways_to_train_give_the_same_weights(me: Rank) -> None:
     np.testing.assert_allclose(values(model), expected, atol=1e-6)
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_functional_and_subclassed_models(me: Rank) -> None:
     class Own(keras.Model):
         def __init__(self) -> None:
@@ -380,10 +382,11 @@ def test_every_method_runs(me: Rank) -> None:
             except ConfigError:
                 refused.add((name, optimizer.name))
                 continue
-            model = trained(me, wrapped)
+            model = trained(me, wrapped, small())
             wrapped.gossip.drain()
             assert np.isfinite(values(model)).all(), name
             assert_nodes_agree(me, model)
+            break
     assert {name for name, _ in refused} <= NOT_WITH_EVERY_OPTIMIZER, refused
 
 
@@ -406,7 +409,7 @@ def test_an_overflow_on_one_rank_stops_nobody(me: Rank) -> None:
     assert optimizer.gossip.round == 4
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_mixed_bfloat16_and_bfloat16_weights(me: Rank) -> None:
     for policy in ("mixed_bfloat16", "bfloat16"):
         keras.config.set_dtype_policy(policy)
@@ -423,20 +426,35 @@ def test_a_model_that_is_mixed_alone_says_how_to_distribute_it(me: Rank) -> None
         model.fit(*data(me.rank), verbose=0)
 
 
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 @on_ranks(TENSORFLOW)
 def test_xla_is_refused_with_a_sentence(me: Rank) -> None:
     model = compiled(sgd(), jit_compile=True)
     with pytest.raises(ConfigError, match="jit_compile=False"):
         model.fit(*data(me.rank), verbose=0)
     again = compiled(sgd(), jit_compile=True)
-    again.fit(
-        *data(me.rank), verbose=0, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
-    )
+    said = Lines()
+    logging.getLogger("gossip_hvd").addHandler(said)
+    logging.getLogger("gossip_hvd").setLevel(logging.INFO)
+    callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.GossipCallback()]
+    again.fit(*data(me.rank), verbose=0, callbacks=callbacks)
+    logging.getLogger("gossip_hvd").removeHandler(said)
     assert again.jit_compile is False
+    assert ["jit_compile is set to False" in line for line in said.lines] == [True]
     assert_nodes_agree(me, again)
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_saved_models_know_nothing_of_us_and_load_distributed(me: Rank) -> None:
     model = trained(me, hvd.DistributedOptimizer(keras.optimizers.Adam(0.01)))
     path = f"/tmp/gossip_hvd_test_{me.job}_{me.rank}.keras"
@@ -453,7 +471,7 @@ def test_saved_models_know_nothing_of_us_and_load_distributed(me: Rank) -> None:
     assert int(again.optimizer.iterations.numpy()) == 8
 
 
-@on_ranks(PAIRS)
+@on_ranks(ONE_SCOPE)
 def test_state_from_before_the_wrapping_is_kept(me: Rank) -> None:
     optimizer = keras.optimizers.Adam(0.01)
     model = compiled(optimizer)
@@ -467,6 +485,23 @@ def test_state_from_before_the_wrapping_is_kept(me: Rank) -> None:
     model.fit(*data(me.rank), batch_size=8, verbose=0)
     assert_nodes_agree(me, model)
     assert int(optimizer.iterations.numpy()) == 8
+
+
+@on_ranks(PAIRS)
+def test_operations_on_plain_values(me: Rank) -> None:
+    """They mean the world in both scopes, and give NumPy's arrays back."""
+    mean = hvd.allreduce(1.0 + me.rank)
+    assert mean.shape == ()
+    assert float(mean) == 2.5
+    ranks = np.arange(4)
+    np.testing.assert_array_equal(hvd.allreduce([me.rank, 1], op=hvd.Sum), [6, 4])
+    np.testing.assert_array_equal(hvd.allreduce([me.rank, 1], average=False), [6, 4])
+    np.testing.assert_array_equal(hvd.allgather(np.full((1, 2), me.rank))[:, 0], ranks)
+    np.testing.assert_array_equal(hvd.broadcast([me.rank], 3), [3])
+    rows = hvd.reducescatter(np.full((8, 3), me.rank, "float32"), op=hvd.Sum)
+    np.testing.assert_array_equal(rows, np.full((2, 3), 6))
+    variable = keras.Variable(np.full(2, me.rank, "float32"))
+    np.testing.assert_array_equal(hvd.allreduce(variable), [1.5, 1.5])
 
 
 @on_ranks(on(BOTH, [Job(2, "node", 2)]))
@@ -484,5 +519,7 @@ def test_what_has_no_meaning_is_refused_by_name(me: Rank) -> None:
         wrap(backward_passes_per_step=0)
     with pytest.raises(ConfigError, match="did you mean 'crossover'"):
         wrap(method="crosover")
+    with pytest.raises(ConfigError, match="optimizer of their own"):
+        wrap().register_local_var(keras.Variable(0.0))
     with pytest.raises(ConfigError, match="wrap it once"):
         hvd.DistributedOptimizer(wrap())

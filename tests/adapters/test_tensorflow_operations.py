@@ -64,8 +64,47 @@ def test_gathers_broadcasts_and_exchanges(me: Rank) -> None:
     pair = hvd.grouped_reducescatter([tf.ones([me.size]), tf.ones([me.size, 2])], op=hvd.Sum)
     np.testing.assert_array_equal(pair[1], np.full((1, 2), me.size))
     assert hvd.broadcast_object({"from": me.rank}, root) == {"from": root}
+    assert hvd.broadcast_object_fn(root)({"from": me.rank}) == {"from": root}
     assert hvd.allgather_object(me.rank) == list(range(me.size))
     hvd.barrier()
+
+
+@on_ranks(PAIRS)
+def test_single_numbers_stay_single_numbers(me: Rank) -> None:
+    for reduce in both_ways(lambda x: hvd.allreduce(x, op=hvd.Sum)):
+        total = reduce(tf.constant(1.0 + me.rank))
+        assert total.shape == ()
+        assert float(total) == 10.0
+    assert hvd.broadcast(tf.constant(me.rank), 3).shape == ()
+
+
+@on_ranks(PAIRS)
+def test_who_is_who_in_a_graph(me: Rank) -> None:
+    asked = tf.function(lambda: [hvd.rank_op(), hvd.size_op(), hvd.process_set_included_op()])()
+    assert [int(number) for number in asked] == [me.rank, me.size, 1]
+    assert (int(hvd.local_rank_op()), int(hvd.local_size_op())) == (me.rank, me.size)
+    assert hvd.is_homogeneous()
+
+
+@on_ranks([PAIRS[0]])
+def test_process_sets_are_for_scope_world(me: Rank) -> None:
+    some = hvd.ProcessSet([0, 1])
+    with pytest.raises(ConfigError, match="horovod_scope='world'"):
+        hvd.add_process_set(some)
+    with pytest.raises(ConfigError, match="horovod_scope='world'"):
+        hvd.allreduce(tf.ones([1]), process_set=some)
+
+
+@on_ranks([PAIRS[1]], bare=True)
+def test_process_sets_come_and_go_in_scope_world(me: Rank) -> None:
+    hvd.init(horovod_scope="world", node_size=2, process_sets="dynamic")
+    some = hvd.add_process_set([1, 2])
+    included = me.rank in (1, 2)
+    assert int(hvd.process_set_included_op(some.process_set_id)) == included
+    if included:
+        total = hvd.allreduce(tf.constant([float(me.rank)]), op=hvd.Sum, process_set=some)
+        np.testing.assert_array_equal(total, [3.0])
+    assert hvd.remove_process_set(some)
 
 
 @on_ranks(PAIRS)
@@ -126,6 +165,37 @@ def test_gradients_flow_as_horovods_do(me: Rank) -> None:
 
 
 @on_ranks(PAIRS)
+def test_rows_that_travel_carry_gradients_back(me: Rank) -> None:
+    """Rank r sends r + 1 rows to each; what comes back is weighed by where it was."""
+    size, mine = me.size, (me.rank + 1) * me.size
+    splits = tf.fill([size], me.rank + 1)
+
+    def exchange(rows):
+        with tf.GradientTape() as tape:
+            tape.watch(rows)
+            found, received = hvd.alltoall(rows, splits)
+            total = tf.reduce_sum(found * (me.rank + 1.0))
+        return received, tape.gradient(total, rows)
+
+    for run in both_ways(exchange):
+        received, gradient = run(tf.ones([mine, 2]))
+        np.testing.assert_array_equal(received, np.arange(size) + 1)
+        wanted = np.repeat(np.arange(size) + 1.0, me.rank + 1)
+        np.testing.assert_array_equal(gradient[:, 0], wanted)
+
+    def reduce(rows, op):
+        with tf.GradientTape() as tape:
+            tape.watch(rows)
+            total = tf.reduce_sum(hvd.reducescatter(rows, op=op) * (me.rank + 1.0))
+        return tape.gradient(total, rows)
+
+    for op, factor in ((hvd.Average, 1), (hvd.Sum, size)):
+        for run in both_ways(lambda rows, op=op: reduce(rows, op)):
+            gradient = run(tf.ones([2 * size, 3]))[:, 0]
+            np.testing.assert_allclose(gradient, factor * np.repeat(np.arange(size) + 1.0, 2))
+
+
+@on_ranks(PAIRS)
 def test_sparse_slices(me: Rank) -> None:
     slices = tf.IndexedSlices(tf.ones([1, 2]) * me.rank, tf.constant([me.rank % 2]), [2, 2])
     total = tf.convert_to_tensor(hvd.allreduce(slices, op=hvd.Sum))
@@ -156,7 +226,7 @@ def loop(me: Rank, optimizer, *, graph: bool, tape: bool, **options):
 def test_a_custom_loop_with_our_optimizer(me: Rank) -> None:
     results = []
     for graph in (True, False):
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), use_locking=True)
         model = loop(me, optimizer, graph=graph, tape=False)
         nodes = assert_nodes_agree(me, model)
         assert not differ(nodes)
@@ -225,6 +295,8 @@ def test_what_does_not_exist_here_says_what_does(me: Rank) -> None:
     ):
         with pytest.raises(ConfigError, match=name):
             getattr(hvd, name)(0)
+    with pytest.raises(ConfigError, match="optimizer of TensorFlow 1"):
+        hvd.DistributedOptimizer(tf.compat.v1.train.GradientDescentOptimizer(0.1))
     with pytest.raises(AttributeError):
         hvd.no_such_name  # noqa: B018
     assert CLASSES == 3

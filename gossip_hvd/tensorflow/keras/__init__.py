@@ -36,6 +36,12 @@ from gossip_hvd.tensorflow.keras.basics import init, node_process_set
 from gossip_hvd.tensorflow.keras.loading import load_model
 from gossip_hvd.tensorflow.keras.optimizer import DistributedOptimizer
 from gossip_hvd.tensorflow.keras.values import allgather, allreduce, broadcast, reducescatter
+from gossip_hvd.tensorflow.process_sets import add_process_set, remove_process_set
+from gossip_hvd.tensorflow.refused import (
+    PartialDistributedOptimizer,
+    broadcast_global_variables,
+    elastic,
+)
 
 HOROVODS = (
     "Adasum",
@@ -69,26 +75,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def broadcast_global_variables(root_rank: int) -> None:
-    """Refused: Keras 3 has no global variables.
-
-    Raises:
-        ConfigError: says what to call instead.
-    """
-    raise ConfigError(
-        "broadcast_global_variables: Keras 3 has no global variables. Use "
-        "callbacks.BroadcastGlobalVariablesCallback(root_rank), or "
-        "broadcast_variables(model.variables, root_rank)."
-    )
-
-
 __all__ = [
     *HOROVODS,
     "ConfigError",
     "DistributedOptimizer",
     "GossipError",
+    "PartialDistributedOptimizer",
     "PeerLostError",
     "StallError",
+    "add_process_set",
     "allgather",
     "allgather_object",
     "allreduce",
@@ -101,6 +96,7 @@ __all__ = [
     "callbacks",
     "cross_rank",
     "cross_size",
+    "elastic",
     "gossip_of",
     "init",
     "is_initialized",
@@ -115,6 +111,7 @@ __all__ = [
     "nodes",
     "rank",
     "reducescatter",
+    "remove_process_set",
     "shutdown",
     "size",
 ]

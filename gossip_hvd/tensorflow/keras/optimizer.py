@@ -144,6 +144,17 @@ class _Distributed(_Base):  # type: ignore[misc]
             self._keep("_loss", loss)
         return super().scale_loss(loss)
 
+    def register_local_var(self, var: Any) -> None:
+        """Refused: the ranks of a node hold equal variables.
+
+        Raises:
+            ConfigError: says what to do instead.
+        """
+        raise ConfigError(
+            "register_local_var keeps a variable local to a rank, and a node's ranks must stay "
+            "equal: train local variables with an optimizer of their own."
+        )
+
     def _apply(self, grads: Sequence[Any], trainable_variables: Any) -> None:
         super().apply(grads, trainable_variables)
 

@@ -62,7 +62,8 @@ def reducescatter(value: Any, name: str | None = None, op: Any = None) -> Array:
 
 def _array(value: Any) -> Array:
     numpy = getattr(value, "numpy", None)
-    return np.ascontiguousarray(value if numpy is None else numpy())
+    array: Array = np.require(value if numpy is None else numpy(), requirements="C")
+    return array
 
 
 def _op(default: str, op: Any) -> str:

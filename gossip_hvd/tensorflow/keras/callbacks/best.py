@@ -11,7 +11,7 @@ from gossip_hvd.errors import ConfigError
 
 
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
-    """Rank 0 saves the whole model whenever the metric is better than ever before.
+    """Rank 0 saves the model whenever the metric is better than ever before.
 
     Put ``MetricAverageCallback`` before it. What is saved is rank 0's replica; with
     ``GossipCallback(merge=1)`` it has been validated as the merged model.
@@ -19,6 +19,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc
     Args:
         monitor: the metric.
         verbose: above 0, say when a model is saved.
+        save_weights_only: a ``.weights.h5`` file in place of a whole model.
         mode: ``"min"``, ``"max"`` or ``"auto"``.
         save_freq: ``"epoch"``, or a number of batches.
         filepath: where to; may be set later, as Horovod's estimators do.
@@ -28,17 +29,19 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc
         self,
         monitor: str = "val_loss",
         verbose: int = 0,
+        save_weights_only: bool = False,
         mode: str = "auto",
         save_freq: str | int = "epoch",
         filepath: Any = None,
     ) -> None:
         # Keras 3 looks at the ending at once.
+        unnamed = "unnamed.weights.h5" if save_weights_only else "unnamed.keras"
         super().__init__(
-            filepath="unnamed.keras" if filepath is None else filepath,
+            filepath=unnamed if filepath is None else filepath,
             monitor=monitor,
             verbose=verbose,
             save_best_only=True,
-            save_weights_only=False,
+            save_weights_only=save_weights_only,
             mode=mode,
             save_freq=save_freq,
         )
