@@ -12,6 +12,7 @@ from gossip_hvd.transport.traffic import Traffic
 
 TIMINGS = ("atc", "awc")
 PROGRESS = ("auto", "thread", "hooks")
+FEWEST_ASKS = 4
 WIRE_DTYPES = (None, "bfloat16", "float16")
 
 
@@ -27,8 +28,8 @@ class EngineOptions:
         wire_dtype: ``"bfloat16"`` or ``"float16"`` rounds float32 and float64 values on the wire;
             the mean over nodes stays exact.
         chunk_bytes: the largest message.
-        window: messages of that size that a rank sends at once; None for all.
-        asks: messages of that size that a rank asks its peers for at once; None for all.
+        asks: messages of that size that a rank asks its peers for at once; None for four, or
+            what the link brings in 50 ms where that is more.
         progress: who moves bytes while the model computes: ``"thread"``, or ``"hooks"``, which
             poll at every gradient and spare the thread; ``"auto"`` is the thread.
     """
@@ -37,8 +38,7 @@ class EngineOptions:
     timing: str = "atc"
     staleness: int = 0
     wire_dtype: str | None = None
-    chunk_bytes: int = 1 << 20
-    window: int | None = None
+    chunk_bytes: int = 1 << 18
     asks: int | None = None
     progress: str = "auto"
 
@@ -73,13 +73,11 @@ class EngineOptions:
                 f"chunk_bytes={made.chunk_bytes}: expected a multiple of {ALIGN}, up to "
                 f"{LARGEST_MESSAGE}."
             )
-        for name in ("window", "asks"):
-            value = getattr(made, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: expected 1 message or more, or None.")
+        if made.asks is not None and made.asks < 1:
+            raise ConfigError(f"asks={made.asks}: expected 1 message or more, or None.")
         return made
 
     def traffic(self) -> Traffic:
-        """What ``window`` and ``asks`` allow, for one rank."""
-        limits = [n and n * self.chunk_bytes for n in (self.window, self.asks)]
-        return Traffic(*limits)
+        """What one rank may ask for at once."""
+        messages = FEWEST_ASKS if self.asks is None else self.asks
+        return Traffic(messages * self.chunk_bytes, adapts=self.asks is None)

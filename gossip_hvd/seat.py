@@ -67,7 +67,7 @@ class Seat:
         rates: the learning rate, one for all or one a field; None where nobody said.
         wire_dtype: what float32 and float64 values are rounded to on the wire, or None.
         largest: bytes of the largest message.
-        traffic: bytes under way at once, over all exchanges.
+        traffic: what this rank may ask for at once.
         record: ring buffer of events.
     """
 

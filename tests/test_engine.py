@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -912,6 +913,26 @@ def test_an_exchange_is_over_before_the_step_that_it_overlaps() -> None:
             assert order.index(("post", flight)) < first < last < update
             assert update < order.index(("mixed", flight)) < order.index(("post", flight + 1))
         engine.close()
+
+
+def test_a_round_follows_the_last_one_cell_by_cell() -> None:
+    """A cell that is merged and sent goes on its next journey while others are still awaited."""
+    layout = Layout.equal([Field("w", "float32", ELEMENTS, 4)], 1)
+    close = []
+    for cluster, order in product((equal_nodes(3), equal_nodes(2, 2)), range(5)):
+        options: dict[str, Any] = {"layout": layout, "largest": 64, "timing": "awc"}
+        sim = simulation(cluster, order=order, **options)
+        for _ in range(4):
+            sim.step(descend)
+        sim.drain()
+        for engine in sim.engines:
+            near = engine.seat.siblings
+            across = [e for e in engine.seat.record.events if e.peer not in near]
+            for flight in range(1, 4):
+                first = next(e for e in across if (e.what, e.flight) == ("send", flight + 1))
+                last = [e for e in across if (e.what, e.flight) == ("received", flight)][-1]
+                close.append(across.index(first) < across.index(last))
+    assert np.mean(close) > 0.5, "a rank may find all there when it comes"
 
 
 def test_without_overlap_everything_is_over_when_the_step_returns() -> None:

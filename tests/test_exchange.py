@@ -16,7 +16,7 @@ from gossip_hvd.recorder import Recorder
 from gossip_hvd.transport import Bytes
 from gossip_hvd.transport.exchange import KINDS, SEQUENCES, SLOTS, Exchange, Message, tag_of
 from gossip_hvd.transport.memory import MemoryWire, Switchboard
-from gossip_hvd.transport.traffic import Traffic
+from gossip_hvd.transport.traffic import DELAY, Traffic
 
 
 def exchange_of(
@@ -152,36 +152,11 @@ def test_an_ungated_exchange_sends_at_once_and_says_nothing() -> None:
     assert wire.asked[2:] == [("send", 3, 9)]
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, None])
-def test_traffic_bounds_the_bytes_that_are_sent_at_once(window: int | None) -> None:
-    wire = ScriptedWire()
-    sends = [Message(peer, tag, data()) for tag in range(10, 14) for peer in (1, 2)]
-    traffic = Traffic(sent=window and 4 * window)
-    exchange = exchange_of(wire, 0, 0, [], sends, traffic=traffic)
-    for message in sends:
-        wire.say(message.peer, message.tag)
-        exchange.poll()
-    for turn in range(9):
-        exchange.poll()
-        under_way = [a for a in wire.data_sent() if ("send", *a) not in finished(wire)]
-        assert len(under_way) == min(window or 8, 8 - turn)
-        assert len(exchange.outstanding()) == 8 - turn
-        assert exchange.done == (turn == 8)
-        if under_way:
-            wire.complete("send", *under_way[0])
-    flows = [peer for peer, _ in wire.data_sent()]
-    assert flows == [1, 2] * 4, "both peers' flows advance together"
-
-
-def finished(wire: ScriptedWire) -> set[tuple[str, int, int]]:
-    return {wire.asked[i] for i in wire.completed}
-
-
 @pytest.mark.parametrize("asks", [1, 3, None])
 def test_traffic_bounds_the_bytes_that_are_asked_for_at_once(asks: int | None) -> None:
     wire = ScriptedWire()
     receives = [Message(1, tag, data()) for tag in range(10, 18)]
-    exchange = exchange_of(wire, 0, 0, receives, traffic=Traffic(asked=asks and 4 * asks))
+    exchange = exchange_of(wire, 0, 0, receives, traffic=Traffic(asks and 4 * asks))
     for turn in range(9):
         posted = [tag for verb, _, tag in wire.asked if verb == "receive"]
         assert posted == [*range(10, min(18, 10 + turn + (asks or 8)))]
@@ -192,7 +167,7 @@ def test_traffic_bounds_the_bytes_that_are_asked_for_at_once(asks: int | None) -
 
 
 def test_traffic_is_shared_and_one_message_may_always_go() -> None:
-    wire, traffic = ScriptedWire(), Traffic(asked=5)
+    wire, traffic = ScriptedWire(), Traffic(5)
     first = exchange_of(wire, 0, 0, [Message(1, 8, data(100))], traffic=traffic)
     second = exchange_of(wire, 1, 0, [Message(1, 9, data(4))], traffic=traffic)
     assert [tag for verb, _, tag in wire.asked if verb == "receive"] == [8]
@@ -200,6 +175,23 @@ def test_traffic_is_shared_and_one_message_may_always_go() -> None:
     first.poll()
     second.poll()
     assert [tag for verb, _, tag in wire.asked if verb == "receive"] == [8, 9]
+
+
+@pytest.mark.parametrize(("rate", "limit"), [(1e3, 100), (4e4, 2_000), (1e6, 50_000)])
+def test_traffic_follows_what_the_link_brings(rate: float, limit: int) -> None:
+    now = [0.0]
+    traffic = Traffic(100, adapts=True, clock=lambda: now[0])
+    chunk = round(rate * DELAY / 10)
+    traffic.take(1)  # never idle
+    for _ in range(25):
+        now[0] += DELAY / 10
+        traffic.give_back(chunk)
+    assert traffic.limit == pytest.approx(limit, rel=0.02)
+    fixed = Traffic(100, clock=lambda: now[0])
+    fixed.take(1)
+    now[0] += 1
+    fixed.give_back(10**6)
+    assert fixed.limit == 100
 
 
 def test_poll_reports_each_message_once_and_done_comes_last() -> None:
@@ -290,7 +282,7 @@ class TwoStages:
     def __init__(self, ranks: int, seed: int) -> None:
         self.board = Switchboard(ranks, seed=seed, slowest=seed % 12)
         self.draw = stdlib_random.Random(seed)
-        self.limits = [self.draw.choice([None, 1, 9]) for _ in range(2)]
+        self.limit = self.draw.choice([None, 1, 9])
         self.pairs = [(a, b) for a, b in product(range(ranks), repeat=2) if a != b]
         self.stage = [0] * ranks
         self.inbox: dict[tuple[int, int, int, int], Bytes] = {}
@@ -311,7 +303,7 @@ class TwoStages:
                 sends.append(Message(b, tag, data(size, self.value(a, b, cell, at))))
         self.draw.shuffle(sends)
         wire = StrictWire(me, self.board)
-        return exchange_of(wire, 0, at, receives, sends, traffic=Traffic(*self.limits))
+        return exchange_of(wire, 0, at, receives, sends, traffic=Traffic(self.limit))
 
     def run(self) -> None:
         for _ in range(10_000):

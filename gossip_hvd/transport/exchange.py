@@ -24,7 +24,7 @@ import numpy as np
 
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.transport import Bytes, Wire
-from gossip_hvd.transport.traffic import Allowance, Traffic
+from gossip_hvd.transport.traffic import Traffic
 
 KINDS = {"data": 0, "word": 1, "note": 2, "gather": 3}
 SLOTS = 4
@@ -75,7 +75,7 @@ class Exchange:
         sources: the peer of every message that will be received.
         destinations: the peer of every message that will be sent.
         gated: False where receivers give no word (node-internal messages).
-        traffic: of this rank, shared with its other exchanges; None for no limits.
+        traffic: what this rank may ask for, over all its exchanges; None for no limit.
         record: told of every event.
     """
 
@@ -93,14 +93,14 @@ class Exchange:
     ) -> None:
         self.flight, self.stage = flight, stage
         self._wire, self._gated = wire, gated
-        traffic = traffic or Traffic()
+        self._traffic = traffic or Traffic()
         self._record = record or Recorder(1)
         self._owner: int | None = None
         self._handles: list[Any] = []
         self._pending: list[tuple[str, Message]] = []
-        self._receives = _Flows(sources, traffic.asked)
-        going = list(destinations)
-        self._sends = _Flows(going, traffic.sent)
+        coming, going = list(sources), list(destinations)
+        self._unasked = _Flows(coming)
+        self._missing = {"receive": len(coming), "send": len(going)}
         self._words = Counter(going if gated else ())
         self._asked_for: set[tuple[int, int]] = set()
         self._held: dict[tuple[int, int], Message] = {}
@@ -111,23 +111,25 @@ class Exchange:
     def receive(self, messages: Iterable[Message]) -> None:
         """Ask for these messages, as traffic allows."""
         for message in messages:
-            self._receives.add(message)
-        self._go_on()
+            self._unasked.add(message)
+        self._ask()
 
     def send(self, messages: Iterable[Message]) -> None:
-        """Send these messages, each once its receiver has asked for it, as traffic allows."""
+        """Send these messages, each once its receiver has asked for it."""
         for message in messages:
-            at = message.peer, message.tag
-            if self._gated and at not in self._asked_for:
-                self._held[at] = message
+            if not self._gated:
+                self._missing["send"] += 1
+                self._send(message)
+            elif (at := (message.peer, message.tag)) in self._asked_for:
+                self._asked_for.remove(at)
+                self._send(message)
             else:
-                self._sends.add(message)
-        self._go_on()
+                self._held[at] = message
 
     @property
     def done(self) -> bool:
         """True once nothing is outstanding."""
-        return not (self._handles or self._receives.missing or self._sends.missing)
+        return not self._handles and not any(self._missing.values())
 
     def poll(self) -> list[tuple[str, Message]]:
         """Move what can move; returns what has completed, as ("send" | "receive", message).
@@ -136,9 +138,6 @@ class Exchange:
             PeerLostError: where the wire reports a failed transfer.
         """
         self._assert_owner()
-        if not self._handles:
-            self._go_on()
-            return []
         ready = sorted(self._wire.test(self._handles))
         completed = [self._pending[i] for i in ready]
         for i in reversed(ready):
@@ -148,30 +147,33 @@ class Exchange:
                 self._word_came(message)
             elif what != "say":
                 self._completed(what, message)
-        self._go_on()
+        self._ask()
         return [entry for entry in completed if entry[0] in ("send", "receive")]
 
     def outstanding(self) -> list[tuple[str, Message]]:
         """What is still under way, for an error: what is waited for, and which message."""
         posted = [entry for entry in self._pending if entry[0] in ("send", "receive")]
-        unasked = [("receive", message) for message in self._receives.waiting()]
-        held = [("word", message) for message in self._held.values()]
-        return posted + unasked + held + [("send", m) for m in self._sends.waiting()]
+        unasked = [("receive", message) for message in self._unasked.waiting()]
+        return posted + unasked + [("word", message) for message in self._held.values()]
 
     def hand_over(self) -> None:
         """Let another thread poll from now on; call it when no poll is running."""
         self._owner = None
 
-    def _go_on(self) -> None:
-        """Ask for and send as much as traffic allows."""
-        while (message := self._receives.next()) is not None:
+    def _ask(self) -> None:
+        """Ask for as much as traffic allows."""
+        while (message := self._unasked.next) is not None:
+            if self._gated and not self._traffic.take(message.data.nbytes):
+                return
+            self._unasked.drop()
             self._post("receive", message)
             if self._gated:
                 word = np.array([message.tag], np.int64).view(np.uint8)
                 self._post("say", Message(message.peer, self._word, word))
-        while (message := self._sends.next()) is not None:
-            self._post("send", message)
-            self._note("send", message)
+
+    def _send(self, message: Message) -> None:
+        self._post("send", message)
+        self._note("send", message)
 
     @property
     def _word(self) -> int:
@@ -187,13 +189,15 @@ class Exchange:
         self._record("word", self.flight, self.stage, -1, word.peer)
         self._await_word(word.peer)
         if at in self._held:
-            self._sends.add(self._held.pop(at))
+            self._send(self._held.pop(at))
         else:
             self._asked_for.add(at)
 
     def _completed(self, what: str, message: Message) -> None:
-        flows, past = {"send": (self._sends, "sent"), "receive": (self._receives, "received")}[what]
-        flows.completed(message)
+        self._missing[what] -= 1
+        if what == "receive" and self._gated:
+            self._traffic.give_back(message.data.nbytes)
+        past = {"send": "sent", "receive": "received"}[what]
         self._note(past, message)
         self._count(past, message.data.nbytes)
 
@@ -224,45 +228,32 @@ class Exchange:
 
 
 class _Flows:
-    """The messages of one direction, in the order in which they go.
+    """Messages of several peers, in the order in which every peer's flow advances equally.
 
     Args:
         peers: one entry a message that will be added.
-        allowance: how many bytes may be under way.
     """
 
-    def __init__(self, peers: Iterable[int], allowance: Allowance) -> None:
-        self._totals = Counter(peers)
-        self._added, self._order = Counter[int](), count()
-        self._expected = self._totals.total()
-        self._came = self._done = 0
+    def __init__(self, peers: Iterable[int]) -> None:
+        self._totals, self._added = Counter(peers), Counter[int]()
+        self._order = count()
         self._queue: list[_Queued] = []
-        self._allowance = allowance
 
     @property
-    def missing(self) -> int:
-        """Messages that have not been completed, added or not."""
-        return max(self._expected, self._came) - self._done
+    def next(self) -> Message | None:
+        """The message whose turn it is."""
+        return self._queue[0].message if self._queue else None
 
     def add(self, message: Message) -> None:
-        """One more that may go."""
-        self._came += 1
+        """One more."""
         self._added[message.peer] += 1
-        total = self._totals[message.peer] or self._added[message.peer]
-        fraction = (self._added[message.peer] - 0.5) / total
+        fraction = (self._added[message.peer] - 0.5) / self._totals[message.peer]
         heappush(self._queue, _Queued(fraction, next(self._order), message))
 
-    def next(self) -> Message | None:
-        """The message that goes now; None where there is none, or no room for it."""
-        if self._queue and self._allowance.take(self._queue[0].message.data.nbytes):
-            return heappop(self._queue).message
-        return None
-
-    def completed(self, message: Message) -> None:
-        """It is over."""
-        self._done += 1
-        self._allowance.give_back(message.data.nbytes)
+    def drop(self) -> None:
+        """The next one has had its turn."""
+        heappop(self._queue)
 
     def waiting(self) -> list[Message]:
-        """Those that have been added and wait for their turn."""
+        """Those that have not had their turn."""
         return [queued.message for queued in self._queue]

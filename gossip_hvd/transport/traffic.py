@@ -1,43 +1,57 @@
-"""How much one rank has under way on its link at once, over all its exchanges.
+"""How much one rank asks its peers for at once, over all its exchanges.
 
-A link that several flows share serves each of them slowly, and what is late then delays the
-most; so a receiver asks for little at a time, and a sender sends little at a time, in the order
-in which the values are needed.
+A link that carries several rounds, or several peers' flows, at the same time serves each of them
+slowly, and what is needed first then comes last. So a receiver asks for its messages one after the
+other in the order in which it needs them, with just enough under way to keep the link busy: what
+the link brings in ``DELAY`` seconds.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 
-class Allowance:
-    """Bytes that may be under way at once; one message always may.
-
-    Args:
-        limit: bytes; None for no limit.
-    """
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._used = 0
-
-    def take(self, nbytes: int) -> bool:
-        """Whether ``nbytes`` more may be under way now; they count from now on if so."""
-        if self._limit is not None and self._used and self._used + nbytes > self._limit:
-            return False
-        self._used += nbytes
-        return True
-
-    def give_back(self, nbytes: int) -> None:
-        """So much is under way no more."""
-        self._used -= nbytes
+DELAY = 0.05
+"""Seconds that a message may queue on the way; long beside the time between two polls."""
 
 
 class Traffic:
-    """One rank's traffic with other nodes.
+    """Bytes asked for and not yet received.
 
     Args:
-        sent: bytes that it sends at once; None for no limit.
-        asked: bytes that it asks its peers for at once; None for no limit.
+        limit: bytes under way at once, or the least of them if it adapts; one message may always
+            be. None for no limit.
+        adapts: whether the limit follows what the link brings.
+        clock: seconds.
     """
 
-    def __init__(self, sent: int | None = None, asked: int | None = None) -> None:
-        self.sent, self.asked = Allowance(sent), Allowance(asked)
+    def __init__(
+        self,
+        limit: int | None = None,
+        *,
+        adapts: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limit, self._least = limit, limit
+        self._adapts, self._clock = adapts, clock
+        self._under_way = self._came = 0
+        self._since = 0.0
+
+    def take(self, nbytes: int) -> bool:
+        """Whether ``nbytes`` more may be asked for now; they count from now on if so."""
+        if self._under_way == 0:
+            self._since, self._came = self._clock(), 0
+        elif self.limit is not None and self._under_way + nbytes > self.limit:
+            return False
+        self._under_way += nbytes
+        return True
+
+    def give_back(self, nbytes: int) -> None:
+        """So much has come."""
+        self._under_way -= nbytes
+        self._came += nbytes
+        if self._adapts and self._least is not None:
+            passed = self._clock() - self._since
+            if passed >= DELAY:
+                self.limit = max(self._least, round(self._came / passed * DELAY))
+                self._since, self._came = self._clock(), 0
