@@ -58,6 +58,7 @@ class Seat:
         wire_dtype: what float32 and float64 values are rounded to on the wire, or None.
         largest: bytes of the largest message.
         window: sends under way at once; None for all.
+        nan_policy: one of ``finite.NAN_POLICIES``.
         record: ring buffer of events.
     """
 
@@ -70,6 +71,7 @@ class Seat:
     wire_dtype: str | None = None
     largest: int = LARGEST_MESSAGE
     window: int | None = None
+    nan_policy: str = "raise"
     record: Recorder = field(default_factory=Recorder)
     replicas: MutableMapping[str, Bytes] = field(default_factory=dict)
     rates: float | Sequence[float] | None = None

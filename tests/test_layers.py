@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("joining",),
     ("transport",),
     ("watch",),
-    ("inquiry",),
+    ("inquiry", "terminate"),
     ("waits", "endings", "letters", "frames", "records"),
     ("settings", "recorder", "requests"),
     ("methods", "reductions", "finite"),
