@@ -14,7 +14,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 export TF_ENABLE_ONEDNN_OPTS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-keras test test-all lint clean
+.PHONY: help setup demo demo-keras test test-all soak lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,10 @@ test: setup  ## run the tests
 
 test-all: setup  ## run those of adapters in progress too: Lightning, Accelerate
 	$(IN_VENV) GOSSIP_TESTS=all .venv/bin/python -m pytest $(ARGS)
+
+soak: setup  ## a thousand seeded runs with faults of every method, and 10,000 steps of real ranks
+	$(IN_VENV) .venv/bin/python tests/soak.py $(ARGS)
+	$(IN_VENV) .venv/bin/python tests/adapters/steady.py
 
 lint: setup  ## check style and types
 	.venv/bin/ruff format --check .

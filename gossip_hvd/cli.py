@@ -1,4 +1,4 @@
-"""The command line: what is installed and set, and who would meet whom."""
+"""The command line: what is installed and set, who would meet whom, and why a job ended."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from gossip_hvd import __version__
 from gossip_hvd.errors import GossipError
 from gossip_hvd.methods import METHODS, method_of
+from gossip_hvd.postmortem import as_json, as_text, examine
 from gossip_hvd.settings import PREFIX, VARIABLES, refuse_unknown, setting
 from gossip_hvd.transport import mpi
 
@@ -29,8 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--rounds", type=int, default=4)
     plan.add_argument("--segments", type=int, default=3)
     plan.add_argument("--seed", type=int, default=None)
+    post = commands.add_parser("postmortem", help="say which rank stopped first, from its records")
+    post.add_argument("folder", type=Path, metavar="DIR", help="what GOSSIP_HVD_RECORD_DIR named")
+    post.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(arguments)
     try:
+        if given.command == "postmortem":
+            report = examine(given.folder)
+            print(as_json(report) if given.json else as_text(report))
+            return 0
         refuse_unknown()
         if given.command == "info":
             return info()

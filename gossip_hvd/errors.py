@@ -30,6 +30,10 @@ class PeerLostError(GossipError, ConnectionError):
     """A transfer that the transport reports as failed: the peer or its link is gone."""
 
 
+class NotFiniteError(GossipError, ArithmeticError):
+    """A NaN or an infinity in one node's values, which would spread; names the node."""
+
+
 def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:
     """An error for a name that does not exist, with the nearest one that does.
 

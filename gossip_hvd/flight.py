@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gossip_hvd.errors import PlanError
+from gossip_hvd.finite import Arrived, finite, healthy, refusal
 from gossip_hvd.gather import Gather
 from gossip_hvd.lowering import Key, Lowered, room, travelling
 from gossip_hvd.methods.contract import Arrival, Context, Method, State
@@ -361,7 +362,10 @@ class Flight:
         views = self.seat.views(cell)
         in_place = key in self._in_place or key not in self._sent
         sent = views[slot] if in_place else self._sent[key]
-        transfers = self._arrivals[key]
+        transfers: Arrived = self._arrivals[key]
+        where = f"rank {self.seat.rank} (node {self.seat.node}), round {self.round.number}"
+        if self.seat.nan_policy == "skip":
+            transfers = healthy(where, stage, sent, transfers)
         arrival = Arrival(
             stage,
             slot,
@@ -375,6 +379,9 @@ class Flight:
             self.round.number,
         )
         self.method.apply(self.state, arrival, views)
+        if self.seat.nan_policy == "raise" and not finite(views[slot]):
+            unit = self.seat.grid(stage.grid).units[cell.unit]
+            raise refusal(f"{where}, segment {unit!r}", self.seat.node, sent, transfers)
         self.seat.record("mixed", self.sequence, self._stage, index)
         if self._last and self._gather is not None:
             self._gather.release(stage.grid, slot, index)

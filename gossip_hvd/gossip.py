@@ -140,6 +140,7 @@ class Gossip:
             wire_dtype=self.options.wire_dtype,
             largest=self.options.chunk_bytes,
             traffic=self.options.traffic(),
+            nan_policy=self.options.nan_policy,
             record=self._record,
         )
         late = self.options.timing == "awc" and len(current.cluster.nodes) > 1
@@ -188,6 +189,9 @@ class Gossip:
     def stepped(self) -> None:
         """After the local step: run the rounds that are due."""
         self._run(self.engine.step())
+        terminator = self.session.watch.terminator
+        if terminator is not None and self._number == min(_running):
+            terminator.stepped()
 
     def pay(self) -> None:
         """Run the round of a step that was skipped, by a loss scaler say; its peers wait for it."""

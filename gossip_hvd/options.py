@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from gossip_hvd.errors import ConfigError, unknown
+from gossip_hvd.finite import NAN_POLICIES
 from gossip_hvd.segments import ALIGN, LARGEST_MESSAGE
 from gossip_hvd.settings import setting
 from gossip_hvd.transport.traffic import Traffic
@@ -30,6 +31,8 @@ class EngineOptions:
         chunk_bytes: the largest message.
         asks: messages of that size that a rank asks its peers for at once; None for four, or
             what the link brings in 50 ms where that is more.
+        nan_policy: what becomes of a NaN or an infinity in one node's values: ``"raise"`` ends the
+            job, ``"skip"`` keeps the cell out of the exchange, ``"ignore"`` lets it spread.
         progress: who moves bytes while the model computes: ``"thread"``, or ``"hooks"``, which
             poll at every gradient and spare the thread; ``"auto"`` is the thread.
     """
@@ -40,6 +43,7 @@ class EngineOptions:
     wire_dtype: str | None = None
     chunk_bytes: int = 1 << 18
     asks: int | None = None
+    nan_policy: str = "raise"
     progress: str = "auto"
 
     @classmethod
@@ -61,6 +65,8 @@ class EngineOptions:
             raise unknown("timing", made.timing, TIMINGS)
         if made.wire_dtype not in WIRE_DTYPES:
             raise unknown("wire_dtype", made.wire_dtype, [w for w in WIRE_DTYPES if w])
+        if made.nan_policy not in NAN_POLICIES:
+            raise unknown("nan_policy", made.nan_policy, NAN_POLICIES)
         if made.progress not in PROGRESS:
             raise unknown("progress", made.progress, PROGRESS)
         if made.staleness < 0 or (made.staleness and made.timing != "awc"):

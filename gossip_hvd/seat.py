@@ -68,6 +68,7 @@ class Seat:
         wire_dtype: what float32 and float64 values are rounded to on the wire, or None.
         largest: bytes of the largest message.
         traffic: what this rank may ask for at once.
+        nan_policy: one of ``finite.NAN_POLICIES``.
         record: ring buffer of events.
     """
 
@@ -80,6 +81,7 @@ class Seat:
     wire_dtype: str | None = None
     largest: int = LARGEST_MESSAGE
     traffic: Traffic = field(default_factory=Traffic)
+    nan_policy: str = "raise"
     record: Recorder = field(default_factory=Recorder)
     replicas: MutableMapping[str, Bytes] = field(default_factory=dict)
     rates: float | Sequence[float] | None = None

@@ -177,6 +177,24 @@ def init(
         _start_horovod(_session, framework, hvd, process_sets)
 
 
+def on_terminate(callback: Callable[[], None]) -> None:
+    """On SIGTERM, which batch systems send before they end a job: save, then leave.
+
+    Whichever ranks receive the signal, all ranks of the job stop after the same step, run their
+    callbacks, which may save a checkpoint together, and leave with exit code 143. Call it in the
+    main thread of every rank, after ``init``. The launcher must leave time for it: Open MPI's
+    mpirun gives its ranks one second when it is itself told to end, or as many as
+    ``--mca odls_base_sigkill_timeout`` says.
+
+    Args:
+        callback: run after the last step, behind those given before.
+    """
+    terminator = current().watch.terminator
+    assert terminator is not None, "a session's watch is connected"
+    terminator.callbacks.append(callback)
+    terminator.listen()
+
+
 def shutdown() -> None:
     """Wait for all ranks, then stop and give everything back; a second call does nothing."""
     global _session
@@ -213,6 +231,7 @@ def _start(arguments: dict[str, Any]) -> Session:
         comm = MPI.COMM_WORLD
     elif isinstance(comm, list):
         comm = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(comm))
+    _refuse_other_launchers(MPI.COMM_WORLD.Get_size())
     watch = _watch(MPI, comm)
     world = World(MPI, comm)
     letters = world.post()
@@ -242,6 +261,20 @@ def _start(arguments: dict[str, Any]) -> Session:
     watch.node = cluster.node_of(world.rank)
     operations = Operations(world, watch.patience)
     return Session(world, watch, cluster, scope, node_comm, arguments, operations, letters)
+
+
+def _refuse_other_launchers(size: int) -> None:
+    """Raise where a launcher has started ranks of which MPI knows nothing.
+
+    Each would believe that it is alone, and train for itself.
+    """
+    for launcher, name in (("horovodrun --gloo", "HOROVOD_SIZE"), ("torchrun", "WORLD_SIZE")):
+        started = os.environ.get(name, "")
+        if size == 1 and started.isdecimal() and int(started) > 1:
+            raise ConfigError(
+                f"{name}={started}, and MPI knows one rank: ranks were started by {launcher}, or "
+                "that variable is left over. Start them with horovodrun --mpi or mpirun."
+            )
 
 
 def _watch(MPI: Any, comm: Any) -> Watch:

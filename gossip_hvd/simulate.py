@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from gossip_hvd.engine import Engine
 from gossip_hvd.errors import StallError
+from gossip_hvd.flight import Flight
 from gossip_hvd.memory import PlainMemory
 from gossip_hvd.methods import Method
 from gossip_hvd.mixing import Array, dtype_of
@@ -17,6 +19,7 @@ from gossip_hvd.progress import Steps
 from gossip_hvd.rounds import GRADIENTS, MOMENTUM, WEIGHTS
 from gossip_hvd.seat import Seat
 from gossip_hvd.segments import LARGEST_MESSAGE, Layout
+from gossip_hvd.transport.faults import NONE, Faults
 from gossip_hvd.transport.memory import Switchboard
 
 Update = Callable[[int, Array], None]
@@ -24,6 +27,9 @@ Update = Callable[[int, Array], None]
 
 Gradient = Callable[[int, Array], Array]
 """The gradient of one node at its weights, averaged over its ranks."""
+
+STALLS = 4
+"""Waits that an error names."""
 
 LocalStep = Callable[[Mapping[str, Array]], None]
 """An optimizer's step on the flat values of every slot."""
@@ -39,7 +45,8 @@ class Simulation:
         seed: of the method's choices and of the order in which ranks and messages move.
         slots: payload slots to allocate beside the weights.
         options: further arguments of ``Engine`` and ``Seat`` (``timing``, ``staleness``,
-            ``wire_dtype``, ``largest``).
+            ``wire_dtype``, ``largest``, ``nan_policy``).
+        faults: what befalls messages and ranks.
     """
 
     def __init__(
@@ -55,10 +62,13 @@ class Simulation:
         staleness: int = 0,
         wire_dtype: str | None = None,
         largest: int = LARGEST_MESSAGE,
+        nan_policy: str = "raise",
+        faults: Faults = NONE,
     ) -> None:
         self.cluster, self.layout = cluster, layout
         self._random = random.Random(order)
-        self.board = Switchboard(cluster.size, seed=order)
+        self.board = Switchboard(cluster.size, seed=order, faults=faults)
+        self._turns = [0] * cluster.size
         self._dtype = dtype_of(layout.fields[0].dtype)
         self.engines: list[Engine] = []
         for rank in range(cluster.size):
@@ -73,6 +83,7 @@ class Simulation:
                 memory,
                 wire_dtype=wire_dtype,
                 largest=largest,
+                nan_policy=nan_policy,
             )
             self.engines.append(Engine(seat, method, seed=seed, timing=timing, staleness=staleness))
 
@@ -138,19 +149,36 @@ class Simulation:
         """The exact mean everywhere."""
         self.run([engine.average(slot) for engine in self.engines])
 
-    def run(self, operations: Sequence[Steps], turns: int = 10_000_000) -> None:
+    def run(self, operations: Sequence[Steps], patience: int = 1000) -> None:
         """Poll the ranks' operations in a random order until all are over.
 
+        Args:
+            operations: one a rank.
+            patience: how many turns of each rank may pass in which nothing moves.
+
         Raises:
-            StallError: after ``turns`` polls.
+            StallError: names who waits for whom.
         """
         going = dict(enumerate(operations))
-        for _ in range(turns):
-            if not going:
-                return
+        waits: dict[int, Flight] = {}
+        last, idle, size = -1, 0, self.cluster.size
+        for turn in itertools.count():
+            if not going or idle > patience:
+                break
             rank = self._random.choice(list(going))
-            if next(going[rank], None) is None:
-                del going[rank]
-        rank, engine = next((r, self.engines[r]) for r in going)
-        waiting = engine._flying.facts().text if engine._flying else f"rank {rank}"
-        raise StallError(f"simulation stopped after {turns} polls: {waiting}")
+            self._turns[rank] += 1
+            if not self.board.faults.loses_turn(rank, self._turns[rank]):
+                flight = next(going[rank], None)
+                if flight is None:
+                    del going[rank]
+                    last = -1
+                else:
+                    waits[rank] = flight
+            if turn % size == 0:
+                moved = sum(engine.seat.record.count for engine in self.engines)
+                idle, last = (idle + 1 if moved == last else 0), moved
+        if going:
+            told = [waits[rank].facts().text for rank in going if rank in waits]
+            raise StallError(
+                f"nothing moves in the simulation: {'; '.join(told[:STALLS]) or list(going)}"
+            )

@@ -64,7 +64,7 @@ class Wait:
         subject: what is waited for; may be replaced while the wait goes on.
         margin: seconds that it may last longer than others, which know more of what is missing.
         since: when it began, or made progress last; seconds of the monotonic clock.
-        progress: what ``subject.moved()`` was then.
+        progress: what ``subject.moved()`` was then; None before the watch has looked.
         thread: that waits.
         warned: whether it has been named.
         over: why it must end, once the watch has decided so.
@@ -74,7 +74,7 @@ class Wait:
 
     def __init__(self, subject: Subject, margin: float = 0.0) -> None:
         self.subject, self.margin = subject, margin
-        self.progress = -1
+        self.progress: int | None = None
         self.warned = False
         self.over: str | None = None
 

@@ -27,7 +27,8 @@ from gossip_hvd.frames import in_debugger, user_line
 from gossip_hvd.inquiry import Inquiry
 from gossip_hvd.letters import LetterBox, Letters
 from gossip_hvd.recorder import Event, Recorder
-from gossip_hvd.records import MOST_WAITS, Record, WaitRecord, write_record
+from gossip_hvd.records import MOST_WAITS, Record, WaitRecord, path_of, write_record
+from gossip_hvd.terminate import Terminator
 from gossip_hvd.waits import Facts, Wait, standing
 
 log = logging.getLogger("gossip_hvd")
@@ -82,6 +83,7 @@ class Watch:
         node: this rank's node, once known.
         left: True once this rank trains no more.
         recorders: of the models that gossip.
+        terminator: of this rank, once others can be reached.
     """
 
     def __init__(
@@ -97,8 +99,13 @@ class Watch:
         self.node, self.left = -1, False
         self.recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
         self._end, self._folder = end, folder
+        if folder is not None:
+            # Another job's record would speak for a rank of this one that is killed.
+            with contextlib.suppress(OSError):
+                path_of(folder, rank).unlink(missing_ok=True)
         self._box: LetterBox | None = None
         self._inquiry: Inquiry | None = None
+        self.terminator: Terminator | None = None
         self._held = self._recorded = False
         self._over_at: float | None = None
         self._writing = threading.Lock()
@@ -111,6 +118,7 @@ class Watch:
         """From now on other ranks can be asked."""
         self._box = LetterBox(letters)
         self._inquiry = Inquiry(self._box)
+        self.terminator = Terminator(self.rank, self.size, self._box)
 
     def close(self) -> None:
         """End the thread."""
@@ -153,10 +161,11 @@ class Watch:
         self._read(now)
         for wait in standing() if self._over_at is None else ():
             moved = wait.subject.moved()
-            if moved != wait.progress:
-                wait.progress, wait.since, wait.warned = moved, now, False
+            if wait.progress is not None and moved != wait.progress:
+                wait.since, wait.warned = now, False
+            wait.progress = moved
             wait.since = min(now, wait.since + stopped + (self._tick if self._held else 0.0))
-            if now - wait.since > min(ASK, self.patience.stop_after / 2):
+            if now - wait.since > min(ASK, self.patience.warn_after, self.patience.stop_after / 2):
                 self._long(wait, now)
         if self._over_at is not None and now - self._over_at > GRACE:
             self._end(STALLED)
@@ -204,13 +213,17 @@ class Watch:
             self._box.send([r for r in range(self.size) if r != self.rank], "ending", why=why)
 
     def _read(self, now: float) -> None:
-        if self._box is None or self._inquiry is None:
+        terminator = self.terminator
+        if self._box is None or self._inquiry is None or terminator is None:
             return
+        terminator.look()
         for sender, letter in self._box.receive():
             if letter["kind"] == "ask":
                 self._box.send([sender], "answer", **self._state())
             elif letter["kind"] == "answer":
                 self._inquiry.hear(sender, letter, now)
+            elif letter["kind"] in Terminator.KINDS:
+                terminator.hear(sender, letter)
             elif letter["kind"] == "ending":
                 self._over_at = self._over_at or now
                 self.write(f"rank {sender} ended the job: {letter.get('why', '')}")

@@ -492,7 +492,7 @@ def a_node_owes_a_round() -> tuple[Simulation, Array]:
     sim.step()
     for engine in sim.engines:
         engine.reduced()
-    sim.run([flying(sim.engines[0]), sim.engines[1].step()], turns=100_000)
+    sim.run([flying(sim.engines[0]), sim.engines[1].step()])
     assert [(engine.number, engine.owed) for engine in sim.engines] == [(1, 1), (2, 0)]
     return sim, before
 
@@ -500,7 +500,7 @@ def a_node_owes_a_round() -> tuple[Simulation, Array]:
 def test_discard_pays_what_is_owed() -> None:
     """Else the other node's exchange never arrives."""
     sim, _ = a_node_owes_a_round()
-    sim.run([engine.discard() for engine in sim.engines], turns=100_000)
+    sim.run([engine.discard() for engine in sim.engines])
     assert [(engine.number, engine.owed) for engine in sim.engines] == [(2, 0)] * 2
     assert sim.board.idle()
 
@@ -562,7 +562,7 @@ def test_consensus_distance_with_a_debt_does_not_hang() -> None:
 @pytest.mark.parametrize("slot", [WEIGHTS, GRADIENTS])
 def test_average_pays_what_is_owed(slot: str) -> None:
     sim, before = a_node_owes_a_round()
-    sim.run([engine.average(slot) for engine in sim.engines], turns=100_000)
+    sim.run([engine.average(slot) for engine in sim.engines])
     sim.drain()
     assert (total(sim) == before).all()
 
@@ -736,7 +736,7 @@ def test_a_round_of_several_stages_in_the_background_is_refused_or_works() -> No
         sim.step()
     except ConfigError:
         return
-    sim.run([engine.drain() for engine in sim.engines], turns=100_000)
+    sim.run([engine.drain() for engine in sim.engines])
     np.testing.assert_allclose(sim.nodes(), expected.nodes(), atol=1e-3)
 
 

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tensorflow",),  # above torch only because Keras may run on PyTorch
     ("torch",),
     ("variables",),
-    ("simulate", "gossip", "ranks"),
+    ("simulate", "gossip", "ranks", "shards"),
     ("session",),
     ("operations",),
     ("execution",),
@@ -38,10 +38,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("joining",),
     ("transport",),
     ("watch",),
-    ("inquiry",),
+    ("inquiry", "terminate"),
     ("waits", "endings", "letters", "frames", "records"),
     ("settings", "recorder", "requests"),
-    ("methods", "reductions"),
+    ("methods", "reductions", "finite"),
     ("mixing", "rounds"),
     ("topology", "segments"),
     ("draws", "schedules"),
@@ -209,3 +209,20 @@ def test_the_core_loads_no_framework_and_starts_no_mpi(module: str) -> None:
     loaded = loaded_by(f"import gossip_hvd.{module}")
     assert "numpy" in loaded
     assert not loaded & HEAVY
+
+
+PICKLING = {"bcast", "allgather", "gather", "scatter", "recv", "isend", "irecv", "sendrecv"}
+"""mpi4py's verbs for Python values; those for arrays begin with a capital letter."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_nothing_is_unpickled_but_what_horovod_demands(path: Path) -> None:
+    for one in imports(path):
+        assert one.module.split(".")[0] not in ("pickle", "marshal", "shelve", "dill")
+        if one.module == "cloudpickle":
+            assert path.name in ("functions.py", "elastic.py")
+    if path.parts[0] != "transport":
+        return
+    for node in ast.walk(ast.parse((HOUSE / path).read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in PICKLING:
+            assert "comm" not in ast.unparse(node.value), f"gossip_hvd/{path}:{node.lineno}"

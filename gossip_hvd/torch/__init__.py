@@ -22,6 +22,7 @@ from horovod.torch import (
 )
 
 from gossip_hvd.errors import ConfigError, GossipError, OperationError, PeerLostError, StallError
+from gossip_hvd.session import on_terminate
 from gossip_hvd.torch import elastic
 from gossip_hvd.torch.allreduce import (
     allreduce,
@@ -153,6 +154,7 @@ __all__ = [
     "node_rank",
     "node_size",
     "nodes",
+    "on_terminate",
     "poll",
     "rank",
     "recalibrate_batch_norm",

@@ -2,23 +2,36 @@
 
 The same engine that runs over MPI runs over this wire, so a simulation is never a second
 implementation. Each message is delivered after a random number of the receiver's or sender's
-tests, by seed; messages of one (sender, receiver, tag) keep their order, as MPI promises.
+tests, by seed; messages of one (sender, receiver, tag) keep their order, as MPI promises. They are
+numbered, so that faults beneath (see ``faults.py``) cannot break that promise unseen.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from gossip_hvd.errors import PeerLostError
 from gossip_hvd.transport import Bytes
+from gossip_hvd.transport.faults import NONE, Faults
+
+Key = tuple[int, int, int]
+"""Sender, receiver and tag."""
 
 
 @dataclass(slots=True, eq=False)
 class _Letter:
-    """A message under way: its bytes stay in the sender's buffer until it is delivered."""
+    """A message under way: its bytes stay in the sender's buffer until it is delivered.
 
+    Attributes:
+        number: among the messages of its key.
+        data: its bytes, as many as are left of them.
+        delay: for how many tests of its receiver it is still under way.
+        delivered: whether its sender may forget it.
+    """
+
+    number: int
     data: Bytes
     delay: int
     delivered: bool = False
@@ -28,7 +41,7 @@ class _Letter:
 class _Slot:
     """A posted receive."""
 
-    key: tuple[int, int, int]
+    key: Key
     data: Bytes
     done: bool = False
 
@@ -41,13 +54,19 @@ class Switchboard:
         size: number of ranks.
         seed: decides how long every message is under way.
         slowest: a message waits for at most this many tests of its receiver.
+        faults: what befalls messages.
+        sent: messages so far.
     """
 
     size: int
     seed: int = 0
     slowest: int = 4
-    _letters: dict[tuple[int, int, int], deque[_Letter]] = field(default_factory=dict)
-    _slots: dict[tuple[int, int, int], deque[_Slot]] = field(default_factory=dict)
+    faults: Faults = NONE
+    sent: int = 0
+    _letters: dict[Key, deque[_Letter]] = field(default_factory=dict)
+    _slots: dict[Key, deque[_Slot]] = field(default_factory=dict)
+    _numbers: Counter[Key] = field(default_factory=Counter)
+    _taken: Counter[Key] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -58,10 +77,42 @@ class Switchboard:
 
     def idle(self) -> bool:
         """True where no message is under way and no receive is open."""
-        return not any(self._letters.values()) and not any(self._slots.values())
+        under_way = (
+            letter.number >= self._taken[key]
+            for key, letters in self._letters.items()
+            for letter in letters
+        )
+        return not any(under_way) and not any(self._slots.values())
 
-    def _draw_delay(self) -> int:
-        return self._random.randint(0, self.slowest)
+    def _post(self, key: Key, data: Bytes) -> _Letter:
+        """Put a message on its way, whatever befalls it there."""
+        letter = _Letter(self._numbers[key], data, self._random.randint(0, self.slowest))
+        self._numbers[key] += 1
+        fate = self.faults.fate(self.sent)
+        queue = self._letters.setdefault(key, deque())
+        if fate == "drop":
+            # As over a network: who sends has handed it over, and hears of nothing.
+            letter.delivered = True
+        elif fate == "reorder":
+            queue.appendleft(letter)
+        else:
+            queue.append(letter)
+        if fate in ("delay", "reorder"):
+            letter.delay += self.faults.lateness(self.sent)
+        elif fate == "duplicate":
+            queue.append(_Letter(letter.number, data.copy(), letter.delay))
+        elif fate == "truncate":
+            letter.data = data[: data.size // 2]
+        self.sent += 1
+        return letter
+
+    def _next(self, key: Key) -> _Letter | None:
+        """The message that is due; copies of those before it are thrown away."""
+        letters = self._letters.get(key, deque())
+        for letter in list(letters):
+            if letter.number < self._taken[key]:
+                letters.remove(letter)
+        return next((one for one in letters if one.number == self._taken[key]), None)
 
 
 class MemoryWire:
@@ -73,9 +124,7 @@ class MemoryWire:
 
     def send(self, peer: int, tag: int, data: Bytes) -> _Letter:
         """Put ``data`` on the way to ``peer``."""
-        letter = _Letter(data, self._board._draw_delay())
-        self._board._letters.setdefault((self.rank, peer, tag), deque()).append(letter)
-        return letter
+        return self._board._post((self.rank, peer, tag), data)
 
     def receive(self, peer: int, tag: int, data: Bytes) -> _Slot:
         """Open a receive of exactly ``data.nbytes`` from ``peer``."""
@@ -93,10 +142,10 @@ class MemoryWire:
         ]
 
     def _deliver(self, slot: _Slot) -> None:
-        slots, letters = self._board._slots[slot.key], self._board._letters.get(slot.key)
-        if not letters or slots[0] is not slot:
+        board, slots = self._board, self._board._slots[slot.key]
+        letter = board._next(slot.key) if slots[0] is slot else None
+        if letter is None:
             return
-        letter = letters[0]
         if letter.delay > 0:
             letter.delay -= 1
             return
@@ -108,5 +157,6 @@ class MemoryWire:
             )
         slot.data[...] = letter.data
         slot.done = letter.delivered = True
-        letters.popleft()
+        board._letters[slot.key].remove(letter)
+        board._taken[slot.key] += 1
         slots.popleft()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,15 @@ def start() -> Any:
     return MPI
 
 
+class _Due(NamedTuple):
+    """A receive under way; holds the request, whose identity is its key."""
+
+    request: MPI.Request
+    peer: int
+    tag: int
+    nbytes: int
+
+
 class MpiWire:
     """Point-to-point messages on a communicator of our own; see ``transport.Wire``."""
 
@@ -63,19 +72,41 @@ class MpiWire:
 
         self._comm, self._mpi = comm, MPI
         self.rank = comm.Get_rank()
+        self._largest_tag = int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
+        self._due: dict[int, _Due] = {}
 
     def send(self, peer: int, tag: int, data: Bytes) -> MPI.Request:
         """Start to send."""
-        return self._comm.Isend([data, self._mpi.BYTE], peer, tag)
+        return self._comm.Isend([data, self._mpi.BYTE], peer, self._checked(tag))
 
     def receive(self, peer: int, tag: int, data: Bytes) -> MPI.Request:
-        """Start to receive."""
-        return self._comm.Irecv([data, self._mpi.BYTE], peer, tag)
+        """Start to receive exactly ``data.nbytes``."""
+        request = self._comm.Irecv([data, self._mpi.BYTE], peer, self._checked(tag))
+        self._due[id(request)] = _Due(request, peer, tag, data.nbytes)
+        return request
+
+    def _checked(self, tag: int) -> int:
+        if tag > self._largest_tag:
+            raise ConfigError(
+                f"this MPI's tags end at {self._largest_tag}, and the model needs tag {tag}: it is "
+                "cut into too many messages. Use larger chunk_bytes, or fewer segments."
+            )
+        return tag
 
     def test(self, handles: list[MPI.Request]) -> list[int]:
         """Positions of the requests that have just completed."""
+        statuses: list[MPI.Status] = []
         try:
-            return self._mpi.Request.Testsome(handles) or []
+            done = self._mpi.Request.Testsome(handles, statuses) or []
+            for position, status in zip(done, statuses, strict=False):
+                due = self._due.pop(id(handles[position]), None)
+                if due is not None and status.Get_count(self._mpi.BYTE) != due.nbytes:
+                    raise PeerLostError(
+                        f"rank {self.rank} expected {due.nbytes} bytes from rank {due.peer} (tag "
+                        f"{due.tag}) and got {status.Get_count(self._mpi.BYTE)}: both ends differ "
+                        "in what they exchange. Give every rank the same program and settings."
+                    )
+            return done
         except self._mpi.Exception as error:
             raise PeerLostError(
                 f"rank {self.rank}: MPI reports a failed transfer: {error.Get_error_string()}. "
@@ -133,8 +164,11 @@ class World:
         self.comm: MPI.Intracomm = comm.Dup()
         local = self.comm.Split_type(mpi.COMM_TYPE_SHARED, self.rank)
         self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
-        leader = local.bcast(self.rank, 0)
-        self.hosts = [str(host) for host in self.comm.allgather(leader)]
+        # Arrays: mpi4py would send and receive plain Python values as pickles.
+        leader, leaders = np.array([self.rank]), np.empty(self.size, np.int64)
+        local.Bcast(leader, 0)
+        self.comm.Allgather(leader, leaders)
+        self.hosts = [str(host) for host in leaders]
         cross = self.comm.Split(self.local_rank, self.rank)
         self.cross_rank, self.cross_size = cross.Get_rank(), cross.Get_size()
         local.Free()
