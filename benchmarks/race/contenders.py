@@ -45,6 +45,13 @@ def _ours(name: str, title: str, *, wire: str = "float32", **options: object) ->
     return Contender(name, title, "gossip", given, wire=kind, hides=options["timing"] == "awc")
 
 
+def _keras(name: str, title: str, **options: object) -> Contender:
+    given = ("--options", json.dumps(options))
+    env = {"KERAS_BACKEND": "tensorflow", "TF_NUM_INTRAOP_THREADS": "1"}
+    hides = options["timing"] == "awc"
+    return Contender(name, title, "keras_fit", given, env, hides=hides)
+
+
 def _decent(topology: str) -> Contender:
     return Contender(
         f"decent-{topology}",
@@ -70,6 +77,8 @@ CONTENDERS = {
         _ours("exponential", "ours: one-peer exponential, AWC", timing="awc", **_EXPONENTIAL),
         _ours("shift-atc", "ours: one random peer a round, ATC", timing="atc", **_SHIFT),
         _ours("fair-atc", "ours: crossover fair, ATC", timing="atc", **_FAIR),
+        _keras("keras-shift", "ours: Keras fit, one random peer, AWC", timing="awc", **_SHIFT),
+        _keras("keras-fair", "ours: Keras fit, crossover fair, AWC", timing="awc", **_FAIR),
         _decent("complete"),
         _decent("one-peer-exp"),
         _decent("alternating-exp-ring"),

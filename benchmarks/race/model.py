@@ -15,7 +15,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,37 +142,48 @@ class Lane:
         torch.set_num_threads(1)
         return SleepyModel(self.asked.bytes, self.asked.compute)
 
-    def race(
+    def race(self, model: torch.nn.Module, update: Callable[[], object], **rest: Any) -> None:
+        """Train a PyTorch model for a while and write down the times.
+
+        Args:
+            model: as the contender has wrapped it.
+            update: the optimizer's step and what goes with it.
+            rest: as for ``time``.
+        """
+        x = torch.zeros(1)
+
+        def train(steps: Sequence[int]) -> None:
+            for step in steps:
+                self._step(model, update, x, step)
+
+        self.time(train, **rest)
+
+    def time(
         self,
-        model: torch.nn.Module,
-        update: Callable[[], object],
+        train: Callable[[Sequence[int]], object],
         *,
         barrier: Callable[[], object],
         drain: Callable[[], object] = lambda: None,
         about: dict[str, str] | None = None,
         extra: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """Train for a while and write down the times.
+        """Let somebody train for a while and write down the times.
 
         Args:
-            model: as the contender has wrapped it.
-            update: the optimizer's step and what goes with it.
+            train: trains these steps and appends to ``marks`` for each.
             barrier: returns when all ranks are there.
             drain: finishes what is still under way; part of the time.
             about: versions of what was measured.
             extra: more to write down, asked at the end.
         """
-        x = torch.zeros(1)
-        for step in range(self.asked.warm_up):
-            self._step(model, update, x, -1 - step)
+        train(range(-self.asked.warm_up, 0))
         drain()
         barrier()
         self.marks.clear()
         cpu = _cpu_seconds()
         with self._meter() as meter:
             begin = time.monotonic()
-            for step in range(self.asked.steps):
-                self._step(model, update, x, step)
+            train(range(self.asked.steps))
             drain()
             end = time.monotonic()
         cpu = _cpu_seconds() - cpu
@@ -185,7 +196,7 @@ class Lane:
                 "steps": [mark[3] - mark[0] for mark in self.marks],
                 "marks": self.marks,
                 "cpu": cpu / self.asked.steps,
-                "late": [self._late(step) for step in range(self.asked.steps)],
+                "late": [self.late(step) for step in range(self.asked.steps)],
                 "about": {"torch": torch.__version__, **(about or {})},
                 "meter": meter.samples,
                 "overslept": meter.overslept,
@@ -203,7 +214,7 @@ class Lane:
         self, model: torch.nn.Module, update: Callable[[], object], x: torch.Tensor, step: int
     ) -> None:
         begin = time.monotonic()
-        if late := self._late(step):
+        if late := self.late(step):
             time.sleep(late)
         y = model(x)
         backward = time.monotonic()
@@ -212,7 +223,7 @@ class Lane:
         update()
         self.marks.append((begin, backward, updated, time.monotonic()))
 
-    def _late(self, step: int) -> float:
+    def late(self, step: int) -> float:
         """Seconds by which this host is late in a step; the same on all its ranks."""
         draw = random.Random(f"late {self.host} {step}").random()
         return self.asked.late_seconds if draw < self.asked.late_chance else 0.0
