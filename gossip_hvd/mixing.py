@@ -68,8 +68,10 @@ def combine(
             if i:
                 np.add(total, term, out=total)
         mine = np.multiply(own, rest, out=base) if fresh else _widen(now[part], base)
-        np.add(mine, total, out=total)
-        out[part] = total
+        if out.dtype == wide:
+            np.add(mine, total, out=out[part])
+        else:
+            out[part] = np.add(mine, total, out=total)
 
 
 def _widen(values: Array, scratch: Array) -> Array:
