@@ -104,7 +104,7 @@ class DecayingWithRate(LRScheduler):
             group.setdefault("initial_weight_decay", group["weight_decay"])
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         """The rates of this step; the decays are set on the way."""
         factor = self.factor(self.last_epoch)
         for group in self.optimizer.param_groups:

@@ -48,7 +48,8 @@ def recalibrate_batch_norm(
     if not batches.min():
         raise ConfigError("recalibrate_batch_norm: no rank's loader has given a batch.")
     widths = [2 * layer.num_features for layer in layers]
-    for layer, n, part in zip(layers, batches, sums.split(widths), strict=True):
+    parts = sums.split(widths)  # type: ignore[no-untyped-call]
+    for layer, n, part in zip(layers, batches, parts, strict=True):
         mean, variance = (part / n).chunk(2)
         assert layer.running_mean is not None
         assert layer.running_var is not None

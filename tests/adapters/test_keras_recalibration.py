@@ -10,7 +10,7 @@ from rank import Rank
 from ranks import Job, on_ranks
 
 from gossip_hvd.errors import ConfigError
-from gossip_hvd.tensorflow.keras.recalibration import recalibrate_batch_norm
+from gossip_hvd.keras import recalibrate_batch_norm
 
 
 def network():

@@ -35,6 +35,7 @@ from gossip_hvd.tensorflow.keras.backend import framework
 from gossip_hvd.tensorflow.keras.basics import init, node_process_set
 from gossip_hvd.tensorflow.keras.loading import load_model
 from gossip_hvd.tensorflow.keras.optimizer import DistributedOptimizer
+from gossip_hvd.tensorflow.keras.recalibration import recalibrate_batch_norm
 from gossip_hvd.tensorflow.keras.values import allgather, allreduce, broadcast, reducescatter
 from gossip_hvd.tensorflow.process_sets import add_process_set, remove_process_set
 from gossip_hvd.tensorflow.refused import (
@@ -110,6 +111,7 @@ __all__ = [
     "node_size",
     "nodes",
     "rank",
+    "recalibrate_batch_norm",
     "reducescatter",
     "remove_process_set",
     "shutdown",

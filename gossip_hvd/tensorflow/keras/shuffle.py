@@ -15,6 +15,8 @@ class RingShuffledDataset(keras.utils.PyDataset):  # type: ignore[misc]
     """Batches of this rank's samples; samples that were used move to the next rank.
 
     ``model.fit(RingShuffledDataset(images, labels, batch_size=32))``; see ``gossip_hvd.shuffle``.
+    Every pass that Keras begins is an epoch. Under PyTorch the first ``fit`` looks at one batch to
+    build the model, which is an epoch too: the shard then begins one rank further on.
 
     Args:
         arrays: this rank's samples, such as images and labels: equally many on all ranks. Copied.
