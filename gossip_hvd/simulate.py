@@ -149,7 +149,7 @@ class Simulation:
         """The exact mean everywhere."""
         self.run([engine.average(slot) for engine in self.engines])
 
-    def run(self, operations: Sequence[Steps], patience: int = 1000) -> None:
+    def run(self, operations: Sequence[Steps], patience: int = 500) -> None:
         """Poll the ranks' operations in a random order until all are over.
 
         Args:
@@ -178,7 +178,8 @@ class Simulation:
                 moved = sum(engine.seat.record.count for engine in self.engines)
                 idle, last = (idle + 1 if moved == last else 0), moved
         if going:
-            told = [waits[rank].facts().text for rank in going if rank in waits]
-            raise StallError(
-                f"nothing moves in the simulation: {'; '.join(told[:STALLS]) or list(going)}"
-            )
+            told = [
+                waits[rank].facts().text if rank in waits else f"rank {rank} stands still"
+                for rank in going
+            ]
+            raise StallError(f"nothing moves in the simulation: {'; '.join(told[:STALLS])}")

@@ -60,7 +60,7 @@ def faults_of(case: Case, seed: int) -> Faults:
     kind = draw.choice(["harmless", "slow", "lost", "cut", "stopped", "all"])
     rates = {k: draw.choice([0.0, 0.02, 0.3]) for k in HARMLESS}
     if kind == "slow":
-        return Faults(seed, rates, slow={r: draw.choice([0.0, 0.5, 0.95]) for r in ranks})
+        return Faults(seed, rates, slow={r: draw.choice([0.0, 0.5, 0.8]) for r in ranks})
     if kind == "stopped":
         return Faults(seed, rates, stopped={draw.choice(ranks): draw.randrange(60)})
     if kind in ("lost", "cut"):

@@ -72,7 +72,8 @@ class MpiWire:
 
         self._comm, self._mpi = comm, MPI
         self.rank = comm.Get_rank()
-        self._largest_tag = int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
+        largest: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+        self._largest_tag = int(largest)
         self._due: dict[int, _Due] = {}
 
     def send(self, peer: int, tag: int, data: Bytes) -> MPI.Request:
