@@ -57,12 +57,12 @@ class Profile:
             if what == "post":
                 posts.setdefault(flight, when)
             elif what == "word":
-                words[flight, peer] = when
+                words[flight, cell] = when
             elif cell >= 0 and peer not in siblings:
                 row = rows.setdefault((flight, cell), {"cell": cell, "post": posts[flight]})
                 row[what] = when
                 if what == "send":
-                    row.update(to=peer, word=words.get((flight, peer)))
+                    row.update(to=peer, word=words.get((flight, cell)))
                 elif what == "received":
                     row["source"] = peer
         for sibling in self.ranks:

@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossip_hvd.errors import PeerLostError
+from gossip_hvd.errors import PeerLostError, PlanError
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.transport import Bytes
-from gossip_hvd.transport.exchange import KINDS, SEQUENCES, SLOTS, Exchange, Message, tag_of
+from gossip_hvd.transport.exchange import (
+    KINDS,
+    SEQUENCES,
+    SLOTS,
+    Exchange,
+    Message,
+    cell_of,
+    tag_of,
+)
 from gossip_hvd.transport.memory import MemoryWire, Switchboard
 from gossip_hvd.transport.traffic import DELAY, Traffic
 
@@ -67,7 +75,7 @@ class ScriptedWire:
         """The peer's word comes: it asks for the message of that tag."""
         words = [i for i, asked in enumerate(self.asked) if asked == ("receive", peer, WORD)]
         at = next(i for i in words if i not in self.completed)
-        self.buffers[at].view(np.int64)[0] = tag
+        self.buffers[at].view(np.int64)[:] = (tag, 0, 0)
         self.completed.add(at)
 
     def data_sent(self) -> list[tuple[int, int]]:
@@ -109,7 +117,7 @@ def test_a_receive_is_posted_before_its_word_is_said() -> None:
     assert wire.asked == [
         step for peer, tag in asked for step in (("receive", peer, tag), ("send", peer, WORD))
     ]
-    said = [int(b.view(np.int64)[0]) for b in wire.buffers if b.size == 8]
+    said = [int(b.view(np.int64)[0]) for b in wire.buffers if b.size == 24]
     assert said == [8, 9, 7]
 
 
@@ -239,12 +247,12 @@ def test_events_and_bytes_are_recorded() -> None:
         events = [(e.what, e.cell, e.peer) for e in record.events]
         assert events[0] == ("post", -1, -1)
         assert set(events[1:]) == {
-            ("word", -1, 1 - me),
+            ("word", 0, 1 - me),
             ("send", 4, 1 - me),
             ("sent", 4, 1 - me),
             ("received", 3, 1 - me),
         }
-        assert events.index(("word", -1, 1 - me)) < events.index(("send", 4, 1 - me))
+        assert events.index(("word", 0, 1 - me)) < events.index(("send", 4, 1 - me))
         assert {(e.flight, e.stage) for e in record.events} == {(5, 1)}
         assert [e.time for e in record.events] == sorted(e.time for e in record.events)
 
@@ -270,6 +278,7 @@ def test_tags_that_may_meet_differ() -> None:
     }
     assert len(tags) == len(KINDS) * SEQUENCES * 3 * SLOTS
     assert tag_of("data", 3, 1, 2, 1) == tag_of("data", 3 + SEQUENCES // 2, 1, 2, 1)
+    assert cell_of(tag_of("note", 7, 1, 1234, 3)) == 1234
     assert tag_of("gather", SEQUENCES, 1, 2**22, SLOTS - 1) < 2**31
 
 
@@ -436,3 +445,20 @@ def test_all_subsets_of_completed_transfers_are_followed_up() -> None:
             assert [m.key for _, m in exchange.poll()] == list(together)
             left = [m.key for _, m in exchange.outstanding()]
             assert left == [tag for tag in range(4) if tag not in together]
+
+
+def test_ranks_that_exchange_for_different_ends_find_out() -> None:
+    """One averages while the other mixes: the same tags and sizes, and another meaning."""
+    board = Switchboard(2, seed=1)
+    data = np.arange(8, dtype=np.uint8)
+    exchanges = []
+    for me, purpose in enumerate([(20, "mix"), (20, "mean")]):
+        exchange = Exchange(board.wire(me), 3, 0, [1 - me], [1 - me], purpose=purpose)
+        exchange.receive([Message(1 - me, 64, data.copy())])
+        exchange.send([Message(1 - me, 64, data.copy())])
+        exchanges.append(exchange)
+    with pytest.raises(
+        PlanError, match=r"rank 0 is in round 20 \(mix\), and rank 1 in round 20 of"
+    ):
+        for _ in range(100):
+            exchanges[0].poll()

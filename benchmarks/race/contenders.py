@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from gossip_hvd.transport.mpi import TUNING
+
 # What gossip_hvd sets for itself; given to Horovod in its second variant.
-TUNED = {
-    "OMPI_MCA_btl_tcp_flags": "9",
-    "OMPI_MCA_btl_tcp_sndbuf": "262144",
-}
+TUNED = {name: value for name, value in TUNING.items() if "btl_tcp" in name}
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
+from gossip_hvd.errors import PlanError
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.transport import Bytes, Wire
 from gossip_hvd.transport.traffic import Traffic
@@ -29,6 +31,8 @@ from gossip_hvd.transport.traffic import Traffic
 KINDS = {"data": 0, "word": 1, "note": 2, "gather": 3}
 SLOTS = 4
 SEQUENCES = 16
+WORD = 24
+"""Bytes of a word: a tag, the number of the round, its kind."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +69,11 @@ def tag_of(kind: str, flight: int, stage: int, cell: int = 0, slot: int = 0) -> 
     return ((cell * SLOTS + slot) * len(KINDS) + KINDS[kind]) * SEQUENCES + sequence
 
 
+def cell_of(tag: int) -> int:
+    """The cell that a tag speaks of."""
+    return tag // (SLOTS * len(KINDS) * SEQUENCES)
+
+
 class Exchange:
     """All messages of one stage.
 
@@ -74,6 +83,8 @@ class Exchange:
         stage: index of the stage in its round.
         sources: the peer of every message that will be received.
         destinations: the peer of every message that will be sent.
+        purpose: number and kind of the round, which words carry: two ranks that exchange for
+            different ends, as where one averages and the other trains, find out at once.
         gated: False where receivers give no word (node-internal messages).
         traffic: what this rank may ask for, over all its exchanges; None for no limit.
         record: told of every event.
@@ -87,11 +98,13 @@ class Exchange:
         sources: Iterable[int] = (),
         destinations: Iterable[int] = (),
         *,
+        purpose: tuple[int, str] = (0, ""),
         gated: bool = True,
         traffic: Traffic | None = None,
         record: Recorder | None = None,
     ) -> None:
-        self.flight, self.stage = flight, stage
+        self.flight, self.stage, self._purpose = flight, stage, purpose
+        self._kind = crc32(purpose[1].encode())
         self._wire, self._gated = wire, gated
         self._traffic = traffic or Traffic()
         self._record = record or Recorder(1)
@@ -136,6 +149,7 @@ class Exchange:
 
         Raises:
             PeerLostError: where the wire reports a failed transfer.
+            PlanError: where a peer is in another exchange.
         """
         self._assert_owner()
         ready = sorted(self._wire.test(self._handles))
@@ -168,8 +182,8 @@ class Exchange:
             self._unasked.drop()
             self._post("receive", message)
             if self._gated:
-                word = np.array([message.tag], np.int64).view(np.uint8)
-                self._post("say", Message(message.peer, self._word, word))
+                word = np.array([message.tag, self._purpose[0], self._kind], np.int64)
+                self._post("say", Message(message.peer, self._word, word.view(np.uint8)))
 
     def _send(self, message: Message) -> None:
         self._post("send", message)
@@ -182,11 +196,19 @@ class Exchange:
     def _await_word(self, peer: int) -> None:
         if self._words[peer]:
             self._words[peer] -= 1
-            self._post("word", Message(peer, self._word, np.empty(8, np.uint8)))
+            self._post("word", Message(peer, self._word, np.empty(WORD, np.uint8)))
 
     def _word_came(self, word: Message) -> None:
-        at = word.peer, int(word.data.view(np.int64)[0])
-        self._record("word", self.flight, self.stage, -1, word.peer)
+        tag, number, kind = word.data.view(np.int64).tolist()
+        if (number, kind) != (self._purpose[0], self._kind):
+            raise PlanError(
+                f"rank {self._wire.rank} is in round {self._purpose[0]} ({self._purpose[1]}), and "
+                f"rank {word.peer} in round {number} of another kind: one of them averages, or "
+                "has made another number of steps. Let all ranks take equally many steps and call "
+                "the same operations in the same order."
+            )
+        at = word.peer, tag
+        self._record("word", self.flight, self.stage, cell_of(at[1]), word.peer)
         self._await_word(word.peer)
         if at in self._held:
             self._send(self._held.pop(at))

@@ -1,0 +1,116 @@
+"""What gossip costs a step that is bound by computation: links are fast, all is on one machine.
+
+    python -m benchmarks.overhead [--ranks 2] [--node-size 1] [--steps 30] [--turns 5]
+
+The same model trains with a plain optimizer whose gradients Horovod averages over the node, and
+with each variant of ours. Variants take turns, some steps each, so that whatever else the machine
+does hits all alike; a figure is the median over turns of the mean step, with their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+BATCH, WIDTH, DEPTH = 512, 512, 4
+VARIANTS = {
+    "ours, all-reduce of the node only": {"method": "none"},
+    "ours, crossover ATC": {"method": "crossover", "timing": "atc"},
+    "ours, crossover AWC": {"method": "crossover", "timing": "awc"},
+    "ours, crossover AWC bfloat16": {
+        "method": "crossover",
+        "timing": "awc",
+        "wire_dtype": "bfloat16",
+    },
+}
+
+
+def main() -> None:
+    """Start the ranks, or be one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--node-size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=30, help="of one turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.inside:
+        measure(asked.steps, asked.turns)
+        return
+    command = ["mpirun", "-np", f"{asked.ranks}", "--bind-to", "none", "--oversubscribe"]
+    command += [sys.executable, "-m", "benchmarks.overhead", "--inside"]
+    command += ["--steps", f"{asked.steps}", "--turns", f"{asked.turns}"]
+    environ = {**os.environ, "GOSSIP_HVD_NODE_SIZE": f"{asked.node_size}", "OMP_NUM_THREADS": "1"}
+    sys.exit(subprocess.run(command, env=environ, check=False).returncode)
+
+
+def measure(steps: int, turns: int) -> None:
+    """On every rank: run all variants in turn; rank 0 prints."""
+    import horovod.torch as plain
+
+    import gossip_hvd.torch as hvd
+
+    torch.set_num_threads(1)
+    hvd.init()
+    run = {"plain optimizer, Horovod in the node": trainer(plain.DistributedOptimizer, {})}
+    for title, options in VARIANTS.items():
+        run[title] = trainer(hvd.DistributedOptimizer, options)
+    times: dict[str, list[float]] = {title: [] for title in run}
+    for turn in range(-1, turns):
+        for title, train in run.items():
+            hvd.barrier()
+            begin = time.monotonic()
+            train(steps)
+            hvd.barrier()
+            if turn >= 0:
+                times[title].append((time.monotonic() - begin) / steps)
+    if hvd.rank() == 0:
+        show(times)
+    hvd.shutdown()
+
+
+def trainer(
+    wrap: Callable[..., torch.optim.Optimizer], options: dict[str, str]
+) -> Callable[[int], None]:
+    """Trains a model of its own for some steps, what is in flight included."""
+    torch.manual_seed(0)
+    layers = [
+        layer for _ in range(DEPTH) for layer in (torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU())
+    ]
+    model = torch.nn.Sequential(*layers)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = wrap(sgd, named_parameters=model.named_parameters(), **options)
+    x = torch.randn(BATCH, WIDTH)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        if gossip := getattr(optimizer, "gossip", None):
+            gossip.drain()
+
+    return train
+
+
+def show(times: dict[str, list[float]]) -> None:
+    """One line a variant."""
+    base = statistics.median(next(iter(times.values())))
+    for title, found in times.items():
+        median = statistics.median(found)
+        print(
+            f"{title:40} {1e3 * median:7.2f} ms a step ({1e3 * min(found):.2f}-"
+            f"{1e3 * max(found):.2f}), {100 * (median / base - 1):+.1f} %"
+        )
+
+
+if __name__ == "__main__":
+    main()
