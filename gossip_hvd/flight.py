@@ -211,6 +211,7 @@ class Flight:
             self._stage,
             [*(m.peer for m in self._notes_in), *self._ours.sources],
             [*(m.peer for m in self._notes_out), *self._ours.destinations],
+            purpose=(self.round.number, stage.rule),
             traffic=seat.traffic,
             record=seat.record,
         )

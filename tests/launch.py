@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = {
     "mpirun": ["mpirun", "--bind-to", "none", "--oversubscribe", "-np"],
     "horovodrun": ["horovodrun", "-np"],
-    "gloo": ["horovodrun", "--gloo", "-np"],
     "python": [],
 }
 
