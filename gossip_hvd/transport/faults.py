@@ -7,15 +7,20 @@ can be repeated exactly.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from gossip_hvd.draws import word
 
 HARMLESS = ("delay", "duplicate", "reorder")
 HARMFUL = ("drop", "truncate")
 
 LATE = 40
 """Tests of its receiver for which a message that is delayed stays under way, at most."""
+
+
+MESSAGES, LATENESS, TURNS = 0, 1, 2
+"""What is drawn; turns of rank r at ``TURNS + r``."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Faults:
         """What befalls the message of this number; empty for nothing."""
         if number in self.schedule:
             return self.schedule[number]
-        chance = self._draw("message", number).random()
+        chance = self._chance(MESSAGES, number)
         for kind, rate in self.rates.items():
             if chance < rate:
                 return kind
@@ -49,16 +54,17 @@ class Faults:
 
     def lateness(self, number: int) -> int:
         """For how many tests more a delayed message is under way."""
-        return self._draw("late", number).randint(1, LATE)
+        return 1 + int(LATE * self._chance(LATENESS, number))
 
     def loses_turn(self, rank: int, turn: int) -> bool:
         """Whether this rank does nothing in its turn."""
         if rank in self.stopped and turn >= self.stopped[rank]:
             return True
-        return rank in self.slow and self._draw(f"turn {rank}", turn).random() < self.slow[rank]
+        return rank in self.slow and self._chance(TURNS + rank, turn) < self.slow[rank]
 
-    def _draw(self, what: str, number: int) -> random.Random:
-        return random.Random(f"{self.seed} {what} {number}")
+    def _chance(self, about: int, number: int) -> float:
+        """A number of [0, 1)."""
+        return word(self.seed, about, 0, number) / 2**64
 
 
 NONE = Faults()
