@@ -6,8 +6,9 @@ Every variant trains the same dense model (33 thousand or 8.4 million parameters
 batch. Variants take turns, some steps each, so that what else the machine does hits all alike; the
 figure is the median over turns of the mean step. Floors are measured in the same run: Horovod's own
 reduction of the same gradients, and a ``numpy_function`` that is given all weights and returns
-them, which is the least that a round in a graph can be. ``action`` is the part of a step inside our
-own code: packing, sending, waiting, mixing.
+them, which is the least that a round in a graph can be. The profile is of our own code: *pack*,
+copying variables into the flat bytes; *round*, sending, waiting, mixing; *unpack*, copying what has
+changed for TensorFlow. What is left above the floor is the graph's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PARTS = ("pack", "round", "unpack")
 
 RESULT = "keras_overhead:"
 MODELS = {"33k": (32, (128, 128, 64)), "8.4M": (1024, (2048, 2048, 1024))}
@@ -71,13 +74,12 @@ def launch(asked: argparse.Namespace, ranks: int, node_size: int) -> dict[str, A
 def show(result: dict[str, Any]) -> None:
     """One job's table."""
     print(f"\n{result['ranks']} ranks, {result['nodes']} nodes, load {result['load']:.1f}")
-    print(f"{'model':>6} {'variant':28} {'ms a step':>10} {'over plain':>11} {'action ms':>10}")
+    parts = "".join(f"{part:>9}" for part in PARTS)
+    print(f"{'model':>6} {'variant':28} {'ms a step':>10} {'over plain':>11}{parts}  ms")
     for row in result["rows"]:
         over = row["ms"] / row["plain"] - 1
-        print(
-            f"{row['model']:>6} {row['variant']:28} {row['ms']:10.2f} {over:10.1%} "
-            f"{row['action']:10.2f}"
-        )
+        parts = "".join(f"{row[part]:9.2f}" for part in PARTS)
+        print(f"{row['model']:>6} {row['variant']:28} {row['ms']:10.2f} {over:11.1%}{parts}")
 
 
 def measure(steps: int, rounds: int) -> None:
@@ -89,7 +91,7 @@ def measure(steps: int, rounds: int) -> None:
     for name, (features, widths) in MODELS.items():
         runs = {kind: variant(features, widths, kind) for kind in variants(hvd.nodes(), hvd.size())}
         times: dict[str, list[float]] = {kind: [] for kind in runs}
-        actions: dict[str, list[float]] = {kind: [] for kind in runs}
+        profiles: dict[str, list[list[float]]] = {kind: [] for kind in runs}
         for turn in range(rounds + 1):
             for kind, (step, spent) in runs.items():
                 hvd.barrier()
@@ -98,7 +100,9 @@ def measure(steps: int, rounds: int) -> None:
                     step()
                 if turn:  # the first turn traces and warms up
                     times[kind].append((time.perf_counter() - started) / steps * 1e3)
-                    actions[kind].append((spent() - before) / steps * 1e3)
+                    after = spent()
+                    parts = zip(before, after, strict=True)
+                    profiles[kind].append([(b - a) / steps * 1e3 for a, b in parts])
         plain = statistics.median(times["plain"])
         for kind in runs:
             rows.append(
@@ -107,7 +111,10 @@ def measure(steps: int, rounds: int) -> None:
                     "variant": kind,
                     "ms": statistics.median(times[kind]),
                     "least": min(times[kind]),
-                    "action": statistics.median(actions[kind]),
+                    **{
+                        part: statistics.median(turn[i] for turn in profiles[kind])
+                        for i, part in enumerate(PARTS)
+                    },
                     "plain": plain,
                 }
             )
@@ -127,9 +134,7 @@ def variants(nodes: int, ranks: int) -> list[str]:
     return ["plain", "floor: numpy_function", "distributed", "distributed awc"]
 
 
-def variant(
-    features: int, widths: tuple[int, ...], kind: str
-) -> tuple[Callable[[], Any], Callable[[], float]]:
+def variant(features: int, widths: tuple[int, ...], kind: str) -> tuple[Callable[[], Any], Profile]:
     """One training step, and the seconds that our own code has taken so far."""
     import horovod.tensorflow as horovod
     import keras
@@ -168,8 +173,36 @@ def variant(
             for v, value in zip(variables, same, strict=True):
                 v.value.assign(tf.ensure_shape(value, v.shape))
 
-    gossip = getattr(optimizer, "gossip", None)
-    return step, lambda: 0.0 if gossip is None else float(gossip.seconds)
+    return step, Profile(getattr(optimizer, "gossip", None))
+
+
+class Profile:
+    """The seconds that the parts of our own code have taken so far, by ``PARTS``."""
+
+    def __init__(self, gossip: Any) -> None:
+        self._gossip, self._spent = gossip, dict.fromkeys(("load", "take"), 0.0)
+        self._begun = False
+
+    def __call__(self) -> list[float]:
+        if self._gossip is None or not self._gossip.begun:
+            return [0.0] * len(PARTS)
+        if not self._begun:
+            self._begun = True
+            for name in self._spent:
+                self._time(self._gossip.engine.seat.memory, name)
+        packing, unpacking = self._spent.values()
+        return [packing, self._gossip.seconds - packing, unpacking]
+
+    def _time(self, memory: Any, name: str) -> None:
+        function = getattr(memory, name)
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments)
+            self._spent[name] += time.perf_counter() - started
+            return result
+
+        setattr(memory, name, timed)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Protocol
 
-from gossip_hvd.errors import ConfigError
+from gossip_hvd.errors import CheckpointError, ConfigError
 
 
 class Gatherer(Protocol):
@@ -43,3 +43,19 @@ def require_agreement(ranks: Gatherer, what: str, facts: Mapping[str, object]) -
                     f"{what}: rank {rank} and rank 0 differ in {field}: rank {rank} has "
                     f"{there}, rank 0 has {here}. Give every rank the same settings."
                 )
+
+
+def require_success(ranks: Gatherer, what: str, failure: str) -> None:
+    """Raise the same error on every rank where any rank has failed; all must call.
+
+    Args:
+        ranks: all ranks.
+        what: was done, such as ``"save_checkpoint"``.
+        failure: what went wrong on this rank; empty where nothing did.
+
+    Raises:
+        CheckpointError: names the first rank that has failed.
+    """
+    for rank, text in enumerate(ranks.allgather(failure.encode(), what)):
+        if text:
+            raise CheckpointError(f"{what}: rank {rank}: {text.decode()}")

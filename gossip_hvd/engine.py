@@ -13,6 +13,7 @@ import numpy as np
 
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.flight import Flight
+from gossip_hvd.lowering import Posted
 from gossip_hvd.memory import Memory
 from gossip_hvd.methods.contract import Context, Method, Moment
 from gossip_hvd.mixing import dtype_of
@@ -83,6 +84,11 @@ class Engine:
     def in_flight(self) -> bool:
         """True while an exchange is under way behind the computation."""
         return self._flying is not None
+
+    @property
+    def posted(self) -> Posted | None:
+        """What the exchange under way has sent; None where there is none."""
+        return None if self._flying is None else self._flying.posted
 
     @property
     def when(self) -> Moment:
@@ -190,6 +196,15 @@ class Engine:
         self.number, self.loss, self._sequence = before.number, before.loss, before._sequence
         if before.state.segments == self.state.segments:
             self.state = before.state
+
+    def post_again(self, posted: Posted) -> None:
+        """Send what the last round had sent when its job was stopped; all ranks must call."""
+        assert self._flying is None, "drain first"
+        plan = self.method.plan(self.state, self.number - 1, self.seat.node)
+        sequence = self._next_sequence()
+        flight = Flight(self.seat, self.method, self.state, plan, sequence, late=True, again=posted)
+        self._flying = flight
+        self._progress.take(flight)
 
     def close(self) -> None:
         """Stop moving bytes; call it after ``drain``."""

@@ -34,6 +34,10 @@ class NotFiniteError(GossipError, ArithmeticError):
     """A NaN or an infinity in one node's values, which would spread; names the node."""
 
 
+class CheckpointError(GossipError, RuntimeError):
+    """A checkpoint or saved state that cannot be written, or not be used; names which and why."""
+
+
 def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:
     """An error for a name that does not exist, with the nearest one that does.
 

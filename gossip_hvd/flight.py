@@ -15,7 +15,7 @@ import numpy as np
 from gossip_hvd.errors import PlanError
 from gossip_hvd.finite import Arrived, finite, healthy, refusal
 from gossip_hvd.gather import Gather
-from gossip_hvd.lowering import Key, Lowered, room, travelling
+from gossip_hvd.lowering import Key, Lowered, Posted, room, travelling
 from gossip_hvd.methods.contract import Arrival, Context, Method, State
 from gossip_hvd.mixing import Array
 from gossip_hvd.rounds import SHARED_SLOTS, Round, Stage, Transfer
@@ -38,6 +38,7 @@ class Flight:
         late: True to merge only when ``land`` is called.
         context: what the adapter reported, for the method's note.
         behind: a late flight that still uses the same memory; call ``follow`` until it is merged.
+        again: what this flight sent and noted before its job was stopped; None for a new flight.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Flight:
         late: bool = False,
         context: Context | None = None,
         behind: Flight | None = None,
+        again: Posted | None = None,
     ) -> None:
         self.seat, self.method, self.state, self.round = seat, method, state, round_
         self.sequence, self.late = sequence, late
         self.done = self.finished = self._landing = False
         self.notes: dict[int, Array] = {}
-        note = method.note(state, round_.number, context or Context())
-        self.own_note = np.asarray(note, np.float64)
+        note = again.note if again else method.note(state, round_.number, context or Context())
+        self.own_note, self._again = np.asarray(note, np.float64), again
         self._stage = -1
         self._exchange: Exchange | None = None
         self._gather: Gather | None = None
@@ -125,6 +127,12 @@ class Flight:
     def merged(self) -> bool:
         """True once this rank's own part of the round is mixed; the gather may go on."""
         return self.done or (self._stage >= len(self.round.stages) and self._mixes)
+
+    @property
+    def posted(self) -> Posted:
+        """What a late flight of one stage has sent."""
+        keys = self._ours.outgoing if self.round.stages else ()
+        return Posted.of(self.own_note, [self._sent[key] for key in keys])
 
     def outstanding(self) -> list[tuple[str, Message]]:
         """Messages still under way."""
@@ -276,7 +284,7 @@ class Flight:
         seat, key = self.seat, (slot, cell.index)
         views = seat.views(cell)
         other = None
-        if stage.rule == "mix":
+        if stage.rule == "mix" and self._again is None:
             other = self.method.message(self.state, self.round.number, slot, cell.unit, views)
         dtype = seat.on_wire(cell, stage.rule)
         if other is None and not self.late and dtype == views[slot].dtype:
@@ -284,6 +292,10 @@ class Flight:
             self._in_place.add(key)
             return
         copy = seat.outgoing[key][: travelling(cell, dtype)].view(dtype)
+        self._sent[key] = copy
+        if self._again is not None:
+            self._again = self._again.into(copy)
+            return
         try:
             with np.errstate(over="raise"):
                 copy[...] = views[slot] if other is None else other
@@ -293,7 +305,6 @@ class Flight:
                 f"{seat.grid(stage.grid).units[cell.unit]!r}: a value is too large for "
                 f"wire_dtype={dtype.name!r}. Use wire_dtype='bfloat16', or None."
             ) from None
-        self._sent[key] = copy
 
     def _message(self, transfer: Transfer, cell: Cell, peer: int, data: Bytes) -> Message:
         slot = SHARED_SLOTS.index(transfer.slot)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from gossip_hvd.agreement import require_agreement
+from gossip_hvd.agreement import require_agreement, require_success
 from gossip_hvd.engine import Engine
-from gossip_hvd.errors import ConfigError
+from gossip_hvd.errors import CheckpointError, ConfigError
 from gossip_hvd.memory import Memory, PlainMemory
 from gossip_hvd.methods import Method
 from gossip_hvd.options import EngineOptions
 from gossip_hvd.progress import Steps, ThreadProgress, drive
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.rounds import WEIGHTS
+from gossip_hvd.saved import begin_at, checked, plain_state, set_state
 from gossip_hvd.seat import Seat
 from gossip_hvd.segments import Layout
 from gossip_hvd.session import Session
@@ -94,6 +96,55 @@ class Gossip:
     def drain(self) -> None:
         """Run every round that is owed and merge the exchange in flight; all ranks must call."""
         self._run(self.engine.drain())
+
+    def state_dict(self, *, drain: bool = False) -> dict[str, Any]:
+        """What this rank's gossip must know to go on: numbers, strings, lists and flat arrays.
+
+        Every rank saves its own, between two steps, together with model and optimizer. An
+        exchange in flight is part of it, so that saving changes nothing and waits for nobody;
+        with ``staleness`` it is landed first.
+
+        Args:
+            drain: land the exchange in flight first; all ranks must call.
+        """
+        if drain or self.options.staleness:
+            self.drain()
+        else:
+            self.pay()
+        return plain_state(self.engine)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave; all ranks must call, each with its own.
+
+        Load model and optimizer first: an exchange in flight is posted again at once.
+
+        Raises:
+            CheckpointError: on every rank, where one rank's state is damaged or does not fit, or
+                where ranks have states of different rounds.
+        """
+        self.drain()
+        what, world = "load_state_dict", self.session.world
+        saved, failure = None, ""
+        try:
+            saved = checked(state, self.engine)
+        except CheckpointError as error:
+            failure = str(error)
+        require_success(world, what, failure)
+        assert saved is not None
+        facts = {"the saved round": saved.round, "an exchange in flight": saved.posted is not None}
+        try:
+            require_agreement(world, what, facts)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        set_state(self.engine, saved)
+
+    def begin_at(self, number: int) -> None:
+        """Count on from round ``number`` and let the method begin again; all ranks must call.
+
+        For weights that have been made equal on all nodes.
+        """
+        self.drain()
+        begin_at(self.engine, number)
 
     def average_parameters(self) -> None:
         """Replace every node's weights by their exact mean, the same bits everywhere.

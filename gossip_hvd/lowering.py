@@ -6,13 +6,15 @@ Plans speak of nodes and units; messages go between ranks, cell by cell.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gossip_hvd.mixing import dtype_of
-from gossip_hvd.rounds import Stage, Transfer
+from gossip_hvd.mixing import Array, dtype_of
+from gossip_hvd.rounds import Round, Stage, Transfer
 from gossip_hvd.segments import ALIGN, Cell
+from gossip_hvd.transport import Bytes
 
 if TYPE_CHECKING:
     from gossip_hvd.seat import Seat
@@ -83,6 +85,42 @@ def _by_cell(seat: Seat, stage: Stage, transfers: Iterable[Transfer]) -> dict[in
             peer = seat.holder(stage.grid, cell, transfer.peer)
             found.setdefault(cell.index, []).append((transfer, cell, peer))
     return found
+
+
+@dataclass(frozen=True)
+class Posted:
+    """What a late flight has given to its peers, enough to post it once more.
+
+    Attributes:
+        note: the node's note.
+        values: the snapshot of this rank's cells as it went out, end to end.
+    """
+
+    note: Array
+    values: Bytes
+
+    @classmethod
+    def of(cls, note: Array, sent: Iterable[Array]) -> Posted:
+        """A copy of what has been sent."""
+        values = [np.empty(0, np.uint8), *(part.view(np.uint8) for part in sent)]
+        return cls(note.copy(), np.concatenate(values))
+
+    def into(self, cell: Array) -> Posted:
+        """Put the first values into a cell; returns the rest."""
+        first, rest = np.split(self.values, [cell.nbytes])
+        cell.view(np.uint8)[...] = first
+        return Posted(self.note, rest)
+
+
+def posted_bytes(seat: Seat, round_: Round) -> int:
+    """The size of the snapshot that a late flight of this round puts out on this rank."""
+    distinct = {
+        (t.slot, cell.index): travelling(cell, seat.on_wire(cell, stage.rule))
+        for stage in round_.stages
+        for t in (*stage.sends, *stage.receives)
+        for cell in seat.cells(stage.grid, t.unit)
+    }
+    return sum(distinct.values())
 
 
 def travelling(cell: Cell, dtype: np.dtype[Any]) -> int:

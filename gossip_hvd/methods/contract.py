@@ -271,6 +271,10 @@ class Method:
         """The state once an exact average, or the user, has replaced the weights of every node."""
         return state
 
+    def mass(self, state: State, number: int) -> float:
+        """How much this node's weights count in the mean over nodes, before round ``number``."""
+        return 1.0
+
     def options(self) -> dict[str, Any]:
         """The method's options as plain values; objects as their text."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}

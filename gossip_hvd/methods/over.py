@@ -166,6 +166,10 @@ class Over(Method):
         """See ``Method.levelled``."""
         return with_base(state, self.inner.levelled(of_base(state)))
 
+    def mass(self, state: State, number: int) -> float:
+        """See ``Method.mass``."""
+        return self.inner.mass(of_base(state), number)
+
 
 def of_base(state: State) -> State:
     """The base's part of a state."""

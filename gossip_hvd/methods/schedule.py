@@ -190,6 +190,11 @@ class Schedule(Method):
         pairs = zip(self.methods.values(), state.phases, strict=True)
         return replace(state, phases=tuple(m.levelled(own) for m, own in pairs))
 
+    def mass(self, state: State, number: int) -> float:
+        """See ``Method.mass``."""
+        method, own, local = self._at(state, number)
+        return method.mass(own, local)
+
     def _at(self, state: State, number: int) -> tuple[Method, State, int]:
         """The method of a round, its state, and the round's number in its phase."""
         assert isinstance(state, ScheduleState)

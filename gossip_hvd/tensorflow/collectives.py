@@ -16,7 +16,7 @@ import tensorflow as tf
 from gossip_hvd import session
 from gossip_hvd.tensorflow import functions
 from gossip_hvd.tensorflow.memory import native
-from gossip_hvd.tensorflow.operations import horovod_answers, named, world_operation
+from gossip_hvd.tensorflow.operations import horovod_answers, named, traced_name, world_operation
 
 
 def allreduce(
@@ -44,9 +44,7 @@ def allreduce(
             op=op,
             prescale_factor=prescale_factor,
             postscale_factor=postscale_factor,
-            name=name,
-            process_set=_set(process_set),
-            ignore_name_scope=ignore_name_scope,
+            **_called("allreduce", name, ignore_name_scope, process_set),
         )
     if isinstance(tensor, tf.IndexedSlices):
         values, indices = grouped_allgather([tensor.values, tensor.indices], name=name)
@@ -90,9 +88,7 @@ def grouped_allreduce(
             op=op,
             prescale_factor=prescale_factor,
             postscale_factor=postscale_factor,
-            process_set=_set(process_set),
-            ignore_name_scope=ignore_name_scope,
-            name=name,
+            **_called("grouped_allreduce", name, ignore_name_scope, process_set),
         )
         return list(reduced)
     packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
@@ -125,11 +121,9 @@ def grouped_allgather(
     """The rows of all ranks of several tensors, as one operation."""
     tensors = [_tensor(tensor) for tensor in tensors]
     if horovod_answers(process_set):
-        arguments = {"ignore_name_scope": ignore_name_scope, "process_set": _set(process_set)}
-        return [
-            horovod.allgather(tensor, name=name and f"{name}_{i}", **arguments)
-            for i, tensor in enumerate(tensors)
-        ]
+        names = [name and f"{name}_{i}" for i in range(len(tensors))]
+        called = [_called("allgather", each, ignore_name_scope, process_set) for each in names]
+        return [horovod.allgather(x, **how) for x, how in zip(tensors, called, strict=True)]
 
     def gather(*inputs: Any) -> list[Any]:
         outputs = world_operation("allgather", inputs, name, _dtypes(inputs))
@@ -155,7 +149,8 @@ def broadcast(
     """The tensor of world rank ``root_rank``."""
     tensor = _tensor(tensor)
     if horovod_answers(process_set):
-        return horovod.broadcast(tensor, root_rank, name, ignore_name_scope, _set(process_set))
+        called = _called("broadcast", name, ignore_name_scope, process_set)
+        return horovod.broadcast(tensor, root_rank, **called)
 
     def send(*inputs: Any) -> list[Any]:
         outputs = world_operation("broadcast", inputs, name, _dtypes(inputs), root=root_rank)
@@ -216,7 +211,8 @@ def alltoall(
     """Send some rows to each rank, and get theirs; with ``splits`` also how many from each."""
     tensor = _tensor(tensor)
     if horovod_answers(process_set):
-        return horovod.alltoall(tensor, splits, name, ignore_name_scope, _set(process_set))
+        called = _called("alltoall", name, ignore_name_scope, process_set)
+        return horovod.alltoall(tensor, splits, **called)
     further = [] if splits is None else [tf.cast(splits, tf.int32)]
 
     def send(*inputs: Any) -> list[Any]:
@@ -273,13 +269,17 @@ def grouped_reducescatter(
         arguments: dict[str, Any] = {
             "compression": compression,
             "op": op,
-            "process_set": _set(process_set),
             "prescale_factor": prescale_factor,
             "postscale_factor": postscale_factor,
         }
         if len(tensors) > 1:  # Horovod names groups itself
-            return list(horovod.grouped_reducescatter(tensors, device_dense, **arguments))
-        arguments.update(name=name, ignore_name_scope=ignore_name_scope)
+            members = _set(process_set)
+            return list(
+                horovod.grouped_reducescatter(
+                    tensors, device_dense, process_set=members, **arguments
+                )
+            )
+        arguments |= _called("reducescatter", name, ignore_name_scope, process_set)
         return [horovod.reducescatter(tensors[0], device_dense, **arguments)]
     packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
 
@@ -317,6 +317,16 @@ def _op(op: Any, average: bool | None) -> Any:
 
 def _set(process_set: Any) -> Any:
     return horovod.global_process_set if process_set is None else process_set
+
+
+def _called(
+    kind: str, name: str | None, ignore_name_scope: bool, process_set: Any
+) -> dict[str, Any]:
+    """What tells Horovod which operation is meant, and whose."""
+    members = _set(process_set)
+    if name is None and not tf.executing_eagerly():
+        name, ignore_name_scope = traced_name(kind, members.process_set_id), True
+    return {"name": name, "ignore_name_scope": ignore_name_scope, "process_set": members}
 
 
 def _dtypes(tensors: Sequence[Any]) -> list[Any]:

@@ -6,7 +6,7 @@ is found while the graph is traced, because several may run at once.
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +26,20 @@ OPS = {
     horovod.Product: "product",
 }
 
-_traced = itertools.count()
+_traced: Counter[tuple[str, int]] = Counter()
+
+
+def traced_name(kind: str, members: int = 0) -> str:
+    """A name for an operation in a graph: its number in the order of tracing.
+
+    Tensors have names too, but ranks that have built different things before give them others.
+
+    Args:
+        kind: of the operation.
+        members: the number of its process set, since others do not trace it.
+    """
+    _traced[kind, members] += 1
+    return f"{kind}.traced.{members}.{_traced[kind, members]}"
 
 
 def horovod_answers(process_set: Any) -> bool:
@@ -74,7 +87,7 @@ def world_operation(
         details: further fields of ``requests.Request``.
     """
     if not tf.executing_eagerly() and name is None:
-        name = f"{kind}.traced.{next(_traced)}"
+        name = traced_name(kind)
 
     def body(*arrays: Array) -> list[Array]:
         return _submit(kind, [np.require(a, requirements="C") for a in arrays], name, details)

@@ -21,7 +21,15 @@ from horovod.torch import (
     rocm_built,
 )
 
-from gossip_hvd.errors import ConfigError, GossipError, OperationError, PeerLostError, StallError
+from gossip_hvd.errors import (
+    CheckpointError,
+    ConfigError,
+    GossipError,
+    NotFiniteError,
+    OperationError,
+    PeerLostError,
+    StallError,
+)
 from gossip_hvd.session import on_terminate
 from gossip_hvd.torch import elastic
 from gossip_hvd.torch.allreduce import (
@@ -52,6 +60,7 @@ from gossip_hvd.torch.basics import (
     size,
 )
 from gossip_hvd.torch.broadcast import broadcast, broadcast_, broadcast_async, broadcast_async_
+from gossip_hvd.torch.checkpoint import Restored, restore, save_checkpoint
 from gossip_hvd.torch.functions import (
     allgather_object,
     broadcast_object,
@@ -89,6 +98,7 @@ from gossip_hvd.torch.timeline import start_timeline, stop_timeline
 __all__ = [
     "Adasum",
     "Average",
+    "CheckpointError",
     "Compression",
     "ConfigError",
     "DistributedOptimizer",
@@ -96,10 +106,12 @@ __all__ = [
     "HorovodInternalError",
     "Max",
     "Min",
+    "NotFiniteError",
     "OperationError",
     "PeerLostError",
     "ProcessSet",
     "Product",
+    "Restored",
     "StallError",
     "Sum",
     "SyncBatchNorm",
@@ -161,7 +173,9 @@ __all__ = [
     "reducescatter",
     "reducescatter_async",
     "remove_process_set",
+    "restore",
     "rocm_built",
+    "save_checkpoint",
     "shutdown",
     "size",
     "sparse_allreduce_async",

@@ -11,10 +11,11 @@ import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as horovod
+import numpy as np
 import torch
 
 from gossip_hvd import session
@@ -177,6 +178,15 @@ class TorchGossip(Gossip):
         """Whether this parameter is gossiped."""
         return any(p is parameter and p.requires_grad for _, p in self._named)
 
+    def state_dict(self, *, drain: bool = False) -> dict[str, Any]:
+        """See ``Gossip.state_dict``; arrays are tensors, as ``torch.save`` likes them."""
+        state: dict[str, Any] = _arrays_as(torch.from_numpy, super().state_dict(drain=drain))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Gossip.load_state_dict``."""
+        super().load_state_dict(_arrays_as(_array_of, state))
+
     def unflatten(self) -> None:
         """Give every parameter memory of its own until the next round.
 
@@ -305,6 +315,19 @@ class TorchGossip(Gossip):
 
     def _set_passes(self, passes: int) -> None:
         self._reduction.passes = passes
+
+
+def _arrays_as(convert: Callable[[Any], Any], value: Any) -> Any:
+    """Nested state with every array or tensor converted."""
+    if isinstance(value, Mapping):
+        return {key: _arrays_as(convert, inner) for key, inner in value.items()}
+    return convert(value) if isinstance(value, torch.Tensor | np.ndarray) else value
+
+
+def _array_of(tensor: Any) -> Any:
+    """A flat tensor of bytes as an array; anything else as it is, to be refused by name."""
+    plain = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.uint8
+    return tensor.detach().to("cpu", copy=True).numpy() if plain else tensor
 
 
 def _named(

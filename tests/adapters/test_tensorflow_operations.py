@@ -79,6 +79,23 @@ def test_single_numbers_stay_single_numbers(me: Rank) -> None:
 
 
 @on_ranks(PAIRS)
+def test_ranks_that_name_tensors_differently_meet_in_a_graph(me: Rank) -> None:
+    mine = tf.constant([1.0 + me.rank], name=f"rank{me.rank}")
+
+    @tf.function
+    def step():
+        with tf.name_scope(f"scope{me.rank}"):
+            total = hvd.allreduce(tf.identity(mine, name=f"x{me.rank}"), op=hvd.Sum)
+            rows = hvd.allgather(tf.identity(mine, name=f"y{me.rank}"))
+            return total, rows, hvd.broadcast(tf.identity(mine, name=f"z{me.rank}"), 2)
+
+    total, rows, third = step()
+    np.testing.assert_array_equal(total, [10])
+    np.testing.assert_array_equal(rows, [1, 2, 3, 4])
+    np.testing.assert_array_equal(third, [3])
+
+
+@on_ranks(PAIRS)
 def test_who_is_who_in_a_graph(me: Rank) -> None:
     asked = tf.function(lambda: [hvd.rank_op(), hvd.size_op(), hvd.process_set_included_op()])()
     assert [int(number) for number in asked] == [me.rank, me.size, 1]

@@ -35,6 +35,7 @@ def test_after_p_epochs_every_rank_has_seen_every_sample(me: Rank) -> None:
                 assert (x == y[:, None]).all(), "a sample was torn"
                 mine += y.tolist()
             assert dataset.epoch == epoch
+            assert len(dataset._ring.held) == SAMPLES, "the epoch ended before its samples had come"
             first = (me.rank + epoch) % me.size * SAMPLES
             assert sorted(mine) == list(range(first, first + SAMPLES))
             everyone = [number for one in me.gather(mine) for number in one]

@@ -123,14 +123,14 @@ class _Distributed(_Base):  # type: ignore[misc]
 
     gossip: VariablesGossip
     built: bool
+    _plain: Any
     _present: Sequence[Any] = ()
     _loss: Any = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """A plain optimizer with the same settings; one that trains with others must be wrapped."""
-        base: Any = cls.__mro__[3]
-        return base.from_config(config, *args, **kwargs)
+        return cls._plain.from_config(config, *args, **kwargs)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Keras's ``apply``, with everybody's gradients; then the round that is due."""
@@ -258,6 +258,7 @@ def _distributed(base: type) -> type:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "_plain": base,
         "apply": framework().untraced(mixin.apply),
     }
     return type(base.__name__, (mixin, base), members)

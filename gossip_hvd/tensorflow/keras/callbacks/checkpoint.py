@@ -2,15 +2,14 @@
 
 A checkpoint is a folder ``epoch-00007``: one ``rank*.npz`` a rank with the values of all variables
 of model and optimizer (also those that differ inside a node, such as batch norm's statistics and
-the state of dropout's random numbers), and ``job.json`` with the epoch and the gossip's numbers.
-It is complete once it has its name: it is written under another and renamed at the end.
+the state of dropout's random numbers) and its ``gossip.state_dict()``, and ``job.json`` with the
+epoch. It is complete once it has its name: it is written under another and renamed at the end.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ import numpy as np
 
 from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
-from gossip_hvd.errors import ConfigError
-from gossip_hvd.methods.contract import restored
+from gossip_hvd.errors import CheckpointError, ConfigError
 from gossip_hvd.tensorflow.keras.callbacks.contract import Callback, built, gossip_of
 
-VERSION = 1
+VERSION = 2
+
+ARRAYS = ("arrays", "replicas")
+"""The entries of a gossip's state that hold arrays."""
 
 
 class GossipCheckpoint(Callback):
@@ -60,17 +61,17 @@ class GossipCheckpoint(Callback):
         """Write a checkpoint of the end of ``epoch``; all ranks must call."""
         world = session.current().world
         gossip = gossip_of(self.model)
-        if gossip is not None and gossip.begun:
-            gossip.drain()
+        going = gossip is not None and gossip.begun
+        state = gossip.state_dict(drain=True) if going else None
         final = self.directory / f"epoch-{epoch:05d}"
         draft = self.directory / f"{final.name}.draft"
         draft.mkdir(parents=True, exist_ok=True)
         held = {str(i): _raw(v) for i, v in enumerate(self._variables())}
         with (draft / f"rank{world.rank}.npz").open("wb") as file:
-            np.savez(file, **held, **_arrays(gossip))
+            np.savez(file, **held, **_packed(state))
         world.barrier("GossipCheckpoint")
         if world.rank == 0:
-            (draft / "job.json").write_text(json.dumps(self._job(epoch), indent=1) + "\n")
+            (draft / "job.json").write_text(json.dumps(self._job(epoch, state), indent=1) + "\n")
             shutil.rmtree(final, ignore_errors=True)
             draft.rename(final)
             for old in self._checkpoints()[: -self.keep]:
@@ -109,34 +110,18 @@ class GossipCheckpoint(Callback):
                 )
             for i, variable in enumerate(variables):
                 variable.assign(held[str(i)].view(np.asarray(variable.numpy()).dtype))
-            gossip = gossip_of(self.model)
-            if gossip is not None and job["gossip"] is not None:
-                self._set(gossip, job["gossip"])
-                for name, array in _arrays(gossip).items():
-                    np.copyto(array, held[name])
+            state = _unpacked(held)
+        gossip = gossip_of(self.model)
+        if gossip is not None and state is not None:
+            self.model.optimizer.begin()
+            gossip.load_state_dict(state)
         # Where Keras's own BackupAndRestore tells fit in which epoch to begin.
         self.model._initial_epoch = job["epoch"] + 1
 
-    def _job(self, epoch: int) -> dict[str, Any]:
-        gossip = gossip_of(self.model)
-        numbers = None
-        if gossip is not None and gossip.begun:
-            engine = gossip.engine
-            numbers = {
-                "round": engine.number,
-                "sequence": engine._sequence,
-                "begun": engine.begun,
-                "state": asdict(engine.state),
-            }
+    def _job(self, epoch: int, state: Any) -> dict[str, Any]:
         nodes = session.current().cluster.nodes
+        numbers = None if state is None else {"round": state["round"]}
         return {"version": VERSION, "epoch": epoch, "nodes": nodes, "gossip": numbers}
-
-    def _set(self, gossip: Any, numbers: dict[str, Any]) -> None:
-        self.model.optimizer.begin()
-        engine = gossip.engine
-        engine.number, engine._sequence = numbers["round"], numbers["sequence"]
-        engine.begun = numbers["begun"]
-        engine.state = restored(engine.state, numbers["state"])
 
     def _variables(self) -> list[Any]:
         """Every variable of model and optimizer once, in a fixed order."""
@@ -148,13 +133,27 @@ class GossipCheckpoint(Callback):
         return sorted(p.parent for p in self.directory.glob("epoch-[0-9]*[0-9]/job.json"))
 
 
-def _arrays(gossip: Any) -> dict[str, Any]:
-    """The method's own arrays on this rank, by a name that no variable has."""
-    if gossip is None or not gossip.begun:
+def _packed(state: Any) -> dict[str, Any]:
+    """A gossip's state as arrays, by names that no variable has: its numbers are JSON's text."""
+    if state is None:
         return {}
-    seat = gossip.engine.seat
-    kinds = {"array": seat.arrays, "replica": seat.replicas}
-    return {f"{kind}:{name}": a for kind, every in kinds.items() for name, a in every.items()}
+    arrays = {f"{kind}:{name}": a for kind in ARRAYS for name, a in state[kind].items()}
+    text = json.dumps({**state, **{kind: {} for kind in ARRAYS}})
+    return {"gossip": np.frombuffer(text.encode(), np.uint8), **arrays}
+
+
+def _unpacked(held: Any) -> dict[str, Any] | None:
+    """What ``_packed`` has packed."""
+    if "gossip" not in held:
+        return None
+    try:
+        state: dict[str, Any] = json.loads(held["gossip"].tobytes())
+    except ValueError as error:
+        raise CheckpointError(f"the saved gossip is no JSON: {error}") from None
+    for kind in ARRAYS:
+        names = [name for name in held.files if name.startswith(f"{kind}:")]
+        state[kind] = {name.removeprefix(f"{kind}:"): held[name] for name in names}
+    return state
 
 
 def _raw(variable: Any) -> Any:

@@ -1,0 +1,30 @@
+"""Every fault of ``faults.py`` on real ranks: named, over in seconds, and nothing left behind."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from faults import FAULTS, Fault, Seen, run_all
+
+
+@pytest.fixture(scope="module")
+def seen(request: pytest.FixtureRequest) -> dict[str, Seen]:
+    """All launches that are asked for, several at a time."""
+    wanted = [
+        item.callspec.params["fault"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.path == request.path
+    ]
+    return {fault.what: found for fault, found in run_all(wanted)}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what.replace(" ", "-"))
+def test_fault(fault: Fault, seen: dict[str, Seen]) -> None:
+    found = seen[fault.what]
+    text = found.outcome.text
+    assert found.outcome.code is not None, f"had to be ended\n{text}"
+    assert found.outcome.code in fault.code, text
+    assert re.search(fault.words, text), text
+    assert found.outcome.left == ()
+    assert found.files == ()
