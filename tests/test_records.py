@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 from collections.abc import Mapping
 from dataclasses import replace
@@ -59,9 +60,13 @@ def test_only_the_owner_reads_it_and_no_draft_is_left(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
     path = write_record(tmp_path, PLAIN, EVENTS)
-    bad = [*EVENTS, Event(1.0, "sent", object(), 0)]  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        write_record(tmp_path, replace(PLAIN, why="new"), bad)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # as a disk that becomes full
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_record(tmp_path, replace(PLAIN, why="new"), EVENTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert read_record(path).why == "why"
     assert os.listdir(tmp_path) == [path.name]
 
