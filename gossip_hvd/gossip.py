@@ -122,7 +122,6 @@ class Gossip:
             CheckpointError: on every rank, where one rank's state is damaged or does not fit, or
                 where ranks have states of different rounds.
         """
-        self.drain()
         what, world = "load_state_dict", self.session.world
         saved, failure = None, ""
         try:
@@ -136,6 +135,8 @@ class Gossip:
             require_agreement(world, what, facts)
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
+        # What is still in flight may not be merged into weights that have been loaded.
+        self._run(self.engine.discard())
         set_state(self.engine, saved)
 
     def begin_at(self, number: int) -> None:
@@ -143,7 +144,7 @@ class Gossip:
 
         For weights that have been made equal on all nodes.
         """
-        self.drain()
+        self._run(self.engine.discard())
         begin_at(self.engine, number)
 
     def average_parameters(self) -> None:

@@ -385,6 +385,41 @@ def test_any_bytes_are_a_whole_state_or_refused(tmp_path: Path, data: bytes) -> 
         assert tensor.data.nbytes == tensor.kind.nbytes
 
 
+def altered(name: str, **changes: Any) -> bytes:
+    return with_header({**HEADER, name: {**HEADER[name], **changes}})
+
+
+def saying(**entry: Any) -> bytes:
+    return with_header({**HEADER, "__metadata__": {"rank0": json.dumps(entry)}})
+
+
+FOREIGN = {
+    "speaks of [0-9]+ bytes, and the file has": FILE + b"x",
+    "a file of 5 bytes cannot have a header": FILE[:5],
+    "cannot have a header of 1000000": (10**6).to_bytes(8, "little") + FILE[8:],
+    "leave gaps or overlap, at 'a'": altered("a", data_offsets=[1, 281]),
+    "leave gaps or overlap, at 'b/0'": altered("b/0", data_offsets=[272, 320]),
+    "tensor of dtype 'F31'": altered("a", dtype="F31"),
+    "without a proper shape": altered("a", shape=[-70]),
+    "an entry that is no tensor": altered("a", more=1),
+    "texts are damaged": with_header({**HEADER, "__metadata__": {"rank0": 1}}),
+    "a name stands twice": FILE.replace(b'"7/empty"', b'"a"      '),
+    "does not say what rank 0 of its node had": with_header({**HEADER, "__metadata__": {}}),
+    "the file lacks tensors of rank 0": saying(tree=None, tensors=["a", "c"]),
+    "tree is damaged: tensor 1 of 1": saying(tree={"tensor": 1}, tensors=["a"]),
+    "tree is damaged: an entry of kind 'set'": saying(tree={"set": []}, tensors=[]),
+}
+
+
+@pytest.mark.parametrize("message", FOREIGN)
+def test_a_file_that_is_none_of_ours_is_refused(message: str, tmp_path: Path) -> None:
+    (tmp_path / name_of(3)).mkdir()
+    (tmp_path / name_of(3) / NODE).write_bytes(FOREIGN[message])
+    found = job.Found(tmp_path, replace(WHOLE, nodes=((0,),), files=WHOLE.files[:1]))
+    with pytest.raises(CheckpointError, match=message):
+        state_of(found, 0, 0, lambda t: t)
+
+
 def leaves(state: Any) -> Iterator[Tensor]:
     if isinstance(state, Tensor):
         yield state
