@@ -74,9 +74,6 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
 
 
 DIGITS_ONLY = {
-    "crossover, uniform",
-    "crossover, shift",
-    "crossover, unfair",
     "crossover, stream=2",
     "gossip, ring",
     "gossip, two peers",
@@ -136,7 +133,7 @@ TASKS = {
         torch_digits.BATCH,
         _digits_loss,
         torch_digits.accuracy,
-        math.inf,
+        1.0,
     ),
     "text": Task(
         lambda: torch_text.data(96),
