@@ -128,7 +128,9 @@ def install_packages(choices: Choices) -> str:
     write_record("frameworks", " ".join(choices.frameworks))
     if is_current("packages", key):
         return "all there"
-    extras = ",".join([*choices.frameworks, "dev"])
+    # Their tests need the trainers that run on PyTorch.
+    trainers = ["lightning", "accelerate"] if "torch" in choices.frameworks else []
+    extras = ",".join([*choices.frameworks, *trainers, "dev"])
     pip_install("--no-build-isolation", "-e", f"{PROJECT}[{extras}]", log="packages.log")
     write_record("packages", key)
     return f"installed gossip_hvd[{extras}]"
