@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from gossip_hvd.errors import StallError
+from gossip_hvd.errors import ConfigError, StallError
 
 RAISED = 1
 """Exit code of a job in which a rank raised."""
@@ -40,6 +40,10 @@ def end_on_errors(rank: int, end: End) -> None:
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         lines = "".join(traceback.format_exception(kind, error, trace))
+        if rank and issubclass(kind, ConfigError):
+            # All ranks refuse a setting alike: rank 0 shows where, if it comes here within reason.
+            lines = "".join(traceback.format_exception_only(kind, error))
+            time.sleep(HURRY)
         sys.stdout.flush()
         sys.stderr.write(f"\ngossip_hvd: rank {rank} raised; the job ends.\n{lines}")
         sys.stderr.flush()

@@ -55,10 +55,13 @@ class EngineOptions:
     def take(cls, options: dict[str, Any]) -> EngineOptions:
         """Take the engine's own options out of ``options``, leaving the method's.
 
+        None stands for the default everywhere.
+
         Raises:
             ConfigError: for a value that does not exist or cannot work.
         """
         taken = {name: options.pop(name) for name in cls.names() if name in options}
+        taken = {name: value for name, value in taken.items() if value is not None}
         taken["seed"] = setting("SEED", taken.get("seed"))
         made = cls(**taken)
         if made.timing not in TIMINGS:

@@ -64,6 +64,8 @@ class Session:
         operations: world-wide operations matched by name.
         letters: carries those of the watch.
         process_sets: by framework, this node's Horovod process set; None for a node of one rank.
+        node_sets: by framework, in scope ``"world"``, Horovod's process set of every node of
+            several ranks.
         frameworks: by name, the Horovod modules that run.
         closers: called in order at shutdown, while all ranks are still there.
     """
@@ -77,6 +79,7 @@ class Session:
     operations: Operations
     letters: Post
     process_sets: dict[str, Any] = field(default_factory=dict)
+    node_sets: dict[str, dict[tuple[int, ...], Any]] = field(default_factory=dict)
     frameworks: dict[str, Horovod] = field(default_factory=dict)
     closers: list[Callable[[], None]] = field(default_factory=list)
 
@@ -165,7 +168,6 @@ def init(
                 "`import gossip_hvd.… as hvd` and call only its init()."
             )
         _session = _start(arguments)
-        atexit.register(shutdown)
     elif arguments != _session.arguments:
         changed = [key for key in arguments if arguments[key] != _session.arguments[key]]
         raise ConfigError(
@@ -175,6 +177,10 @@ def init(
         )
     if framework not in _session.frameworks:
         _start_horovod(_session, framework, hvd, process_sets)
+        # Ends are called last in, first out: ours, which waits for all, before Horovod's own,
+        # which init has just registered and which stops every rank of its world.
+        atexit.unregister(shutdown)
+        atexit.register(shutdown)
 
 
 def on_terminate(callback: Callable[[], None]) -> None:
@@ -323,18 +329,19 @@ def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any
         expected = (node.index(session.world.rank), len(node))
         session.process_sets[framework] = hvd.global_process_set if len(node) > 1 else None
     else:
-        nodes = session.cluster.nodes
-        ours = [hvd.ProcessSet(list(ranks)) for ranks in nodes] if len(nodes) > 1 else []
         if process_sets == "dynamic":
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
             process_sets = None
-        by_ranks = {tuple(s.ranks): s for s in process_sets or () if s.ranks}
-        extra = [s for s in process_sets or () if tuple(s.ranks or ()) not in set(nodes)]
-        sets = [by_ranks.get(ranks, s) for ranks, s in zip(nodes, ours, strict=False)]
+        # A user may have listed a node too: Horovod takes no ranks twice.
+        given = {tuple(s.ranks): s for s in process_sets or () if s.ranks}
+        shared = [ranks for ranks in session.cluster.nodes if 1 < len(ranks) < session.world.size]
+        sets = {ranks: given.get(ranks) or hvd.ProcessSet(list(ranks)) for ranks in shared}
+        extra = [s for s in process_sets or () if tuple(s.ranks or ()) not in sets]
         with waiting(session.waits_for(range(session.world.size), "start Horovod")):
-            hvd.init(comm=session.world.comm, process_sets=[*sets, *extra] or None)
+            hvd.init(comm=session.world.comm, process_sets=[*sets.values(), *extra] or None)
         expected = (session.world.rank, session.world.size)
-        mine = sets[session.node] if sets else hvd.global_process_set
+        session.node_sets[framework] = sets
+        mine = sets.get(tuple(node), hvd.global_process_set)
         session.process_sets[framework] = mine if len(node) > 1 else None
     if (hvd.rank(), hvd.size()) != expected:
         raise ConfigError(

@@ -33,6 +33,13 @@ OPS = {
 Tensors = Sequence[torch.Tensor]
 
 
+class RefusedError(HorovodInternalError, ValueError):  # type: ignore[misc]
+    """An operation that Horovod refuses with ``ValueError`` where it is asked for.
+
+    Here it is an error on every rank, so it is also what Horovod raises for disagreements.
+    """
+
+
 class Pending:
     """An operation that has begun; ``poll`` and ``synchronize`` take it.
 
@@ -186,6 +193,8 @@ def _ours(
     if "op" in details:
         details["op"] = _named(details["op"])
     given = details.pop("splits", None)
+    if isinstance(given, torch.Tensor) and (given.is_floating_point() or given.is_complex()):
+        raise ValueError(f"alltoall expects splits to be whole numbers, not {given.dtype}.")
     if given is not None:
         details["splits"] = tuple(int(n) for n in given)
     same = kind in ("allreduce", "broadcast")
@@ -201,13 +210,14 @@ def _ours(
             **details,
         )
     except OperationError as error:
-        raise HorovodInternalError(str(error)) from error
+        raise RefusedError(str(error)) from error
 
     def wait() -> Any:
         try:
             results = handle.wait()
         except OperationError as error:
-            raise HorovodInternalError(str(error)) from error
+            refused = kind == "alltoall"
+            raise (RefusedError if refused else HorovodInternalError)(str(error)) from error
         if same:
             return targets
         if kind == "alltoall":

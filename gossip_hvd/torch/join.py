@@ -7,6 +7,7 @@ and its partners go on undisturbed and its weights stay those of its node. See `
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import horovod.torch as horovod
@@ -14,6 +15,7 @@ import torch
 from horovod.torch import mpi_ops
 
 from gossip_hvd import session
+from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import running
 from gossip_hvd.torch.optimizer import TorchGossip
 from gossip_hvd.torch.process_sets import (
@@ -51,6 +53,7 @@ def join(device: int = -1) -> int:
         The rank that joined last.
     """
     current = session.current()
+    gc.collect()  # Who is still running must not depend on when each rank's collector came by.
     if _is_horovods():
         last = int(horovod.join(device))
         current.operations.renumber()
@@ -61,23 +64,44 @@ def join(device: int = -1) -> int:
         return last
     horovods = _join_horovod(device) if current.scope == "world" else None
     gossips = {gossip.key: gossip for gossip in running() if isinstance(gossip, TorchGossip)}
-    order = current.operations.join(lambda key: gossips[key].follow())
+    order = current.operations.join(lambda key: _follow(gossips, key))
+    last = order[-1]
     if horovods is not None:
-        horovod.synchronize(horovods)
+        # Horovod's word for it: operations between its joins are its own, and order them.
+        last = int(horovod.synchronize(horovods))
     for gossip in gossips.values():
         gossip.drain()
         if len(current.node_ranks) > 1:
             gossip.equalize(
                 [rank for rank in order if rank in current.node_ranks][-1], node_process_set()
             )
-    return order[-1]
+    return last
+
+
+def _follow(gossips: dict[str, TorchGossip], key: str) -> None:
+    """One step of an optimizer that some other rank still steps."""
+    if key not in gossips:
+        raise ConfigError(
+            f"join: another rank still trains {key!r}, whose optimizer is gone on this rank. Keep "
+            "optimizers until join() has returned, and call it before going on to another model."
+        )
+    gossips[key].follow()
 
 
 def _is_horovods() -> bool:
     """Whether Horovod reduces gradients over the world, so that its own ``join`` serves."""
     current = session.current()
-    reduces = any(gossip.delegated for gossip in running())
-    return current.scope == "world" and (reduces or len(current.cluster.nodes) == 1)
+    if current.scope == "node":
+        return False
+    if len(current.cluster.nodes) == 1:
+        return True
+    delegated = {gossip.delegated for gossip in running()}
+    if len(delegated) > 1:
+        raise ConfigError(
+            "join: some optimizers gossip and others reduce over the world, in scope 'world': a "
+            "rank out of data cannot follow both. Use init(horovod_scope='node')."
+        )
+    return True in delegated
 
 
 def _join_horovod(device: int) -> Any:

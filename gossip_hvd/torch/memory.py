@@ -89,7 +89,7 @@ class TorchMemory:
                     elif (source := self._tensor(slot, parameter)) is None:
                         place.zero_()
                     else:
-                        place.copy_(source)
+                        place.copy_(source.to_dense() if source.is_sparse else source)
 
     def save(self, slots: Iterable[str]) -> None:
         """Bring the flat bytes back into tensors that are not views of them."""
@@ -97,7 +97,11 @@ class TorchMemory:
             for slot in slots:
                 for parameter, place in zip(self._parameters, self._places[slot], strict=True):
                     target = parameter.data if slot == WEIGHTS else self._tensor(slot, parameter)
-                    if target is not None and target.data_ptr() != place.data_ptr():
+                    if target is None:
+                        continue
+                    if target.is_sparse:  # a gradient: no optimizer keeps sparse history
+                        parameter.grad = place.to_sparse(target.sparse_dim())
+                    elif target.data_ptr() != place.data_ptr():
                         target.copy_(place)
 
     def detach(self) -> None:

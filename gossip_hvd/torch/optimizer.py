@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,10 +27,11 @@ from gossip_hvd.options import EngineOptions
 from gossip_hvd.rounds import MOMENTUM, VARIANCE
 from gossip_hvd.segments import Layout
 from gossip_hvd.settings import setting
+from gossip_hvd.torch.arguments import groups_of, named_of
 from gossip_hvd.torch.handles import begin
 from gossip_hvd.torch.memory import TorchMemory, field_of
 from gossip_hvd.torch.process_sets import is_world
-from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions
+from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions, weakly
 
 HISTORY = {MOMENTUM: ("momentum_buffer", "exp_avg"), VARIANCE: ("exp_avg_sq",)}
 """Where PyTorch's optimizers keep a payload slot's values."""
@@ -97,23 +97,31 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         )
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
-    named = _named(optimizer, named_parameters)
+    offered = None if named_parameters is None else list(named_parameters)
+    named = named_of(optimizer, offered)
     reduction = ReductionOptions(
         compression,
         backward_passes_per_step,
         op,
         gradient_predivide_factor,
         sparse_as_dense,
-        _groups(named, num_groups, groups),
+        groups_of(named, num_groups, groups),
     )
     engine_options = EngineOptions.take(options)
     chosen = method_of(setting("METHOD", method), EngineOptions.names(), **options)
-    TorchGossip(current, optimizer, named, reduction, engine_options, chosen, segments)
+    gossip = TorchGossip(current, optimizer, named, reduction, engine_options, chosen, segments)
+    gossip.offered = offered or []
     return optimizer
 
 
 class TorchGossip(Gossip):
-    """The gossip of one PyTorch optimizer; reached as ``optimizer.gossip``."""
+    """The gossip of one PyTorch optimizer; reached as ``optimizer.gossip``.
+
+    Attributes:
+        offered: all names that the user gave, also of parameters that the optimizer may yet get.
+    """
+
+    offered: Sequence[Named] = ()
 
     def __init__(
         self,
@@ -196,6 +204,17 @@ class TorchGossip(Gossip):
         self.drain()
         self._memory.detach()
 
+    def adopt(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Train parameters that the optimizer has been given later; all ranks alike."""
+        known = {id(p) for _, p in self._named}
+        names = {id(p): name for name, p in self.offered}
+        new = [p for p in parameters if id(p) not in known]
+        first = len(self._named)
+        named = [(names.get(id(p), f"added.{first + i}"), p) for i, p in enumerate(new)]
+        # The engine is made anew when the next backward ends, as for parameters unfrozen.
+        self._named += named
+        self._reduction.add(named)
+
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within it, backward passes accumulate gradients without averaging them, as in DDP."""
         return self._reduction.paused()
@@ -222,8 +241,12 @@ class TorchGossip(Gossip):
         for handle in begun:
             handle.synchronize()
 
+    def _on_gradient(self, _: torch.Tensor) -> None:
+        self.poll()
+
     def _at_begin_of_reduction(self) -> None:
-        self.session.operations.step(self.key)
+        if not self.delegated:  # Those steps are Horovod's to follow, and not all ranks make them.
+            self.session.operations.step(self.key)
 
     def _at_end_of_backward(self) -> None:
         if self._trained != [p.requires_grad for _, p in self._named]:
@@ -281,7 +304,7 @@ class TorchGossip(Gossip):
         if self.options.progress == "hooks":
             for parameter in parameters:
                 if id(parameter) not in self._polling:
-                    hook = parameter.register_post_accumulate_grad_hook(lambda _: self.poll())  # type: ignore[no-untyped-call]
+                    hook = parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
                     self._polling[id(parameter)] = hook
 
     def _rebuild(self) -> None:
@@ -307,7 +330,15 @@ class TorchGossip(Gossip):
             self._reduction.used()
             plain_zero_grad(*args, **kwargs)
 
+        plain_add = optimizer.add_param_group
+
+        @functools.wraps(plain_add)
+        def add_param_group(param_group: dict[str, Any]) -> None:
+            plain_add(param_group)
+            self.adopt(optimizer.param_groups[-1]["params"])
+
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
         # Horovod's names; gradients are complete when backward returns, so nothing waits here.
         optimizer.synchronize = lambda: None  # type: ignore[attr-defined]
         optimizer.skip_synchronize = contextlib.nullcontext  # type: ignore[attr-defined]
@@ -330,61 +361,6 @@ def _array_of(tensor: Any) -> Any:
     return tensor.detach().to("cpu", copy=True).numpy() if plain else tensor
 
 
-def _named(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[Named] | None
-) -> list[Named]:
-    """A unique name for every parameter of the optimizer, in the model's order."""
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    if named_parameters is None:
-        return [
-            (f"allreduce.noname.{i}.{j}", p)
-            for i, group in enumerate(optimizer.param_groups)
-            for j, p in enumerate(group["params"])
-        ]
-    named = list(named_parameters)
-    if any(not isinstance(entry, tuple) for entry in named):
-        raise ValueError(
-            "named_parameters should be a sequence of tuples (name, parameter), usually produced "
-            "by model.named_parameters()."
-        )
-    names = [name for name, _ in named]
-    duplicates = sorted({name for name in names if names.count(name) > 1})
-    if duplicates:
-        raise ValueError(
-            "Parameter names in named_parameters must be unique. Found duplicates: "
-            f"{', '.join(duplicates)}"
-        )
-    ids = {id(p) for _, p in named}
-    if any(id(p) not in ids for p in own):
-        raise ValueError(
-            "named_parameters was specified, but one or more model parameters were not named."
-        )
-    mine = {id(p) for p in own}
-    return [(name, p) for name, p in named if id(p) in mine]
-
-
 def _layout(trained: Sequence[Named], segments: Segments) -> Layout:
     finder = None if trained[0][0].startswith("allreduce.noname") else blocks_of
     return layout_of([field_of(name, p) for name, p in trained], segments, finder)
-
-
-def _groups(named: Sequence[Named], num_groups: int, groups: Any) -> tuple[tuple[str, ...], ...]:
-    """Horovod's groups as names."""
-    if groups is None:
-        groups = num_groups
-    if isinstance(groups, int):
-        if groups < 0:
-            raise ValueError("groups should be a non-negative integer or a list of lists.")
-        names = [name for name, p in named if p.requires_grad]
-        cuts = [i * len(names) // groups for i in range(groups + 1)] if groups else []
-        return tuple(tuple(names[a:b]) for a, b in itertools.pairwise(cuts) if b > a)
-    if not all(isinstance(p, torch.Tensor) for group in groups for p in group):
-        raise ValueError("groups must consist of torch.Tensor.")
-    names_by_id = {id(p): name for name, p in named}
-    if any(id(p) not in names_by_id for group in groups for p in group):
-        raise ValueError("groups contain a parameter that this optimizer does not have.")
-    named_groups = tuple(tuple(names_by_id[id(p)] for p in group) for group in groups)
-    flat = [name for group in named_groups for name in group]
-    if len(flat) != len(set(flat)):
-        raise ValueError("A parameter can only appear once in groups.")
-    return named_groups

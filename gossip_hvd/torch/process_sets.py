@@ -113,7 +113,11 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     current = session.current()
     if current.scope == "world":
         made = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
-        return horovod.add_process_set(made)  # type: ignore[no-any-return]
+        node = _node_set(made)
+        if node is None:
+            return horovod.add_process_set(made)  # type: ignore[no-any-return]
+        made.process_set_id = node.process_set_id
+        return made
     if not isinstance(process_set, horovods.ProcessSet):
         process_set = ProcessSet(process_set)
     if process_set.ranks is None:
@@ -142,13 +146,21 @@ def remove_process_set(process_set: ProcessSet) -> bool:
     """Forget a process set; all ranks of the world must call. True if that was possible."""
     current = session.current()
     if current.scope == "world":
-        return bool(horovod.remove_process_set(process_set))
+        if _node_set(process_set) is None:
+            return bool(horovod.remove_process_set(process_set))
+        process_set.process_set_id = None
+        return True
     number = process_set.process_set_id
     if not number or isinstance(process_set, NodeProcessSet):
         return False
     current.operations.submit("remove_process_set", None, splits=(number,)).wait()
     process_set.process_set_id = None
     return True
+
+
+def _node_set(process_set: Any) -> Any:
+    """Horovod's own set of the same ranks, where they are a node: it takes no ranks twice."""
+    return session.current().node_sets["torch"].get(tuple(process_set.ranks or ()))
 
 
 def register(process_sets: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.autograd import Variable
 
 from gossip_hvd.errors import ConfigError
+from gossip_hvd.torch import sparse
 from gossip_hvd.torch.handles import watched
 from gossip_hvd.waits import Facts
 
@@ -79,6 +80,7 @@ class NodeReduction:
         self._hooked: dict[int, Any] = {}
         self._done_passes = 0
         self._weighing: list[Any] = []
+        self._sparse: dict[int, int] = {}  # by parameter, the sparse dimensions of its gradient
         self._ending: Callable[[], object | None] = lambda: None
         self.hook_new()
 
@@ -87,15 +89,23 @@ class NodeReduction:
         """All parameters, hooked or not."""
         return (p for bundle in self._bundles for _, p in bundle.members)
 
+    def add(self, named: Sequence[Named]) -> None:
+        """Reduce the gradients of these parameters too, from now on."""
+        for entry in named:
+            bundle = _Bundle([entry])
+            self._bundles.append(bundle)
+            self._bundle_of[id(entry[1])] = bundle
+        self.hook_new()
+
     def hook_new(self) -> None:
         """Hook parameters that want gradients and have no hook yet; cheap to call often."""
         for parameter in self.parameters:
             if parameter.requires_grad and id(parameter) not in self._hooked:
-                hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+                hook = parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
                 self._hooked[id(parameter)] = hook
                 if self._scale != 1.0:
                     # Each new gradient once: what was reduced before may still be in ``grad``.
-                    weigh = parameter.register_hook(lambda gradient: gradient * self._scale)  # type: ignore[no-untyped-call]
+                    weigh = parameter.register_hook(functools.partial(torch.mul, other=self._scale))  # type: ignore[no-untyped-call]
                     self._weighing.append(weigh)
 
     def remove(self) -> None:
@@ -125,7 +135,7 @@ class NodeReduction:
         """Take part in one reduction without data: with gradients of zero."""
         for parameter in self.parameters:
             if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self._zeros(parameter)
         self._done_passes = self.passes - 1
         self._at_end_of_backward()
 
@@ -149,7 +159,9 @@ class NodeReduction:
         """Drop what a backward that raised has left behind."""
         for bundle in self._bundles:
             if bundle.launched is not None and bundle.launched[0] is not None:
-                self._wait(bundle.launched[0], bundle.members[0][0])
+                handle = bundle.launched[0]
+                for one in handle if isinstance(handle, tuple) else (handle,):
+                    self._wait(one, bundle.members[0][0])
             bundle.launched = None
             bundle.ready.clear()
 
@@ -189,7 +201,9 @@ class NodeReduction:
                 "postscale_factor": factor if average else 1.0,
                 "process_set": self._process_set,
             }
-            if len(tensors) == 1:
+            if tensors[0].is_sparse:
+                handle = sparse.begin(tensors[0], arguments["name"], self._process_set)
+            elif len(tensors) == 1:
                 handle = hvd.allreduce_async_(tensors[0], **arguments)
             else:
                 handle = hvd.grouped_allreduce_async_(tensors, **arguments)
@@ -198,7 +212,7 @@ class NodeReduction:
     def _prepare(self, name: str, parameter: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """What Horovod reduces in place for one gradient."""
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self._zeros(parameter)
         gradient = parameter.grad
         if self._reduced.get(id(parameter)) is gradient:
             raise ConfigError(
@@ -207,12 +221,16 @@ class NodeReduction:
                 "DistributedOptimizer to accumulate several passes."
             )
         if gradient.is_sparse:
-            if not self.options.sparse_as_dense:
+            self._sparse[id(parameter)] = gradient.sparse_dim()
+            if self.options.sparse_as_dense:
+                gradient = parameter.grad = gradient.to_dense()
+        if gradient.is_sparse:
+            if len(self._bundle_of[id(parameter)].members) > 1:
                 raise ValueError(
-                    f"the gradient of {name!r} is sparse: pass sparse_as_dense=True to "
-                    "DistributedOptimizer, or build the embedding with sparse=False."
+                    f"the gradient of {name!r} is sparse, which a group cannot hold: leave it out "
+                    "of groups, or pass sparse_as_dense=True to DistributedOptimizer."
                 )
-            gradient = parameter.grad = gradient.to_dense()
+            return gradient, None
         if self._process_set is None:
             return gradient, None
         tensor = torch.view_as_real(gradient) if gradient.is_complex() else gradient
@@ -225,7 +243,13 @@ class NodeReduction:
         handle, members, tensors, contexts = bundle.launched
         bundle.launched = None
         bundle.ready.clear()
-        if handle is not None:
+        if isinstance(handle, tuple):
+            ((name, parameter),) = members
+            indices, values = (self._wait(part, name) for part in handle)
+            divisor = self._process_set.size() if self.options.op == hvd.Average else 1
+            parameter.grad = sparse.added(indices, values, divisor, parameter)
+            handle = None
+        elif handle is not None:
             self._wait(handle, members[0][0])
         for (_, parameter), tensor, context in zip(members, tensors, contexts, strict=True):
             gradient = parameter.grad
@@ -234,11 +258,36 @@ class NodeReduction:
                 result = self.options.compression.decompress(tensor, context)
                 if result.data_ptr() != target.data_ptr():
                     target.copy_(result)
+            dims = self._sparse.get(id(parameter))
+            if dims is not None and not gradient.is_sparse:
+                parameter.grad = gradient.to_sparse(dims)  # the optimizer may know no other kind
             if self.options.op == hvd.Sum:
-                self._reduced[id(parameter)] = gradient
+                self._reduced[id(parameter)] = parameter.grad
 
-    def _wait(self, handle: int, name: str) -> None:
-        watched(handle, self._siblings(f"average the gradient of {name!r}"))
+    def _zeros(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A gradient of zero, of the kind that the others have."""
+        dims = self._sparse.get(id(parameter))
+        if dims is None or self.options.sparse_as_dense:
+            return torch.zeros_like(parameter)
+        return sparse.nothing(parameter, dims)
+
+    def _wait(self, handle: int, name: str) -> Any:
+        return watched(handle, self._siblings(f"average the gradient of {name!r}"))
+
+
+def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """A hook that does not keep its object alive.
+
+    PyTorch keeps hooks of a parameter where Python's collector cannot see them, so one that held
+    its object, which holds the parameter, would keep both for ever.
+    """
+    weak = weakref.WeakMethod(method)
+
+    def hook(parameter: torch.Tensor) -> None:
+        if (alive := weak()) is not None:
+            alive(parameter)
+
+    return hook
 
 
 def _bundles(named: Sequence[Named], groups: Sequence[Sequence[str]]) -> list[_Bundle]:

@@ -312,3 +312,33 @@ def test_a_name_that_one_rank_never_gives_is_named(me: Rank) -> None:
     if me.rank == 1:
         with pytest.raises(hvd.HorovodInternalError, match="lonely"):
             hvd.allreduce(torch.ones(1), name="lonely")
+
+
+@on_ranks(MANY)
+def test_means_of_whole_numbers_lose_their_fraction(me: Rank) -> None:
+    for dtype in (torch.int32, torch.int64):
+        mine = torch.tensor([-1, 1, -3, 3, 8], dtype=dtype) * (me.rank == 0)
+        expected = torch.tensor([-1, 1, -3, 3, 8], dtype=dtype)
+        expected = expected.div(me.size, rounding_mode="trunc")
+        assert hvd.allreduce(mine, op=hvd.Average).tolist() == expected.tolist()
+
+
+@on_ranks([Job(2), Job(4, "node", 2), Job(4, "world", 2)])
+def test_what_horovod_refuses_with_a_value_error(me: Rank) -> None:
+    if me.rank == 0:
+        first = hvd.allreduce_async(torch.ones(1), name="twice")
+        with pytest.raises(ValueError, match="same name"):
+            hvd.allreduce_async(torch.ones(1), name="twice")
+        me.settle()
+    else:
+        me.settle()
+        first = hvd.allreduce_async(torch.ones(1), name="twice")
+    assert hvd.synchronize(first).item() == 1.0
+    ones = torch.ones(me.size, dtype=torch.int32)
+    for tensor, splits in (
+        (torch.ones(me.size + 1), None),
+        (torch.ones(me.size - 1), ones),
+        (torch.ones(me.size), ones.float()),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011 - the sentences differ by scope
+            hvd.alltoall(tensor, splits)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from rank import Rank
 from ranks import Job, on_ranks
 
 import gossip_hvd.torch as hvd
+from gossip_hvd.gossip import running
 
 MANY = [Job(1), Job(1, "world"), Job(2), Job(4, "node", 2), Job(4, "world", 2)]
 FOUR = [Job(4, "node", 2), Job(4, "node", 1)]
@@ -75,14 +78,19 @@ def test_join_waits_for_the_last_and_others_go_on(me: Rank) -> None:
     assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == me.size
 
 
-METHODS = ("crossover", "allreduce")
+METHODS: list[dict[str, Any]] = [
+    {"method": "crossover"},
+    {"method": "allreduce"},
+    {"method": "crossover", "timing": "awc"},
+    {"method": "gossip_pga", "period": 2},
+]
 
 
-def uneven(me: Rank, method: str) -> tuple[torch.Tensor, int, int]:
+def uneven(me: Rank, **options: Any) -> tuple[torch.Tensor, int, int]:
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), method=method)
+    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), **options)
     random = torch.Generator().manual_seed(me.rank)
     for _ in range(3 + 2 * me.rank):
         optimizer.zero_grad()
@@ -92,19 +100,51 @@ def uneven(me: Rank, method: str) -> tuple[torch.Tensor, int, int]:
     return model.weight.detach().clone(), last, optimizer.gossip.round
 
 
-# Scope "world" with nodes of several ranks has stalled once under load: see docs/drop_in.md.
-@on_ranks([Job(2), *FOUR])
+@on_ranks([Job(2), *FOUR, Job(4, "world", 2), Job(5, "node", 2), Job(5, "world", 2)])
 def test_uneven_data_keeps_nodes_and_partners_going(me: Rank) -> None:
-    for method in METHODS:
-        weight, last, rounds = uneven(me, method)
+    # Twice, since what the first models counted, or left behind, must not disturb the second.
+    for options in METHODS * 2:
+        weight, last, rounds = uneven(me, **options)
         every = me.gather(weight)
-        assert last == me.size - 1 or method == "allreduce"
+        assert me.gather(last) == [last] * me.size
+        assert last == me.size - 1 or options["method"] == "allreduce"
         for ranks in me.nodes:
             assert all(torch.equal(every[rank], every[ranks[0]]) for rank in ranks)
-        if method == "allreduce":
+        if options["method"] == "allreduce":
             assert all(torch.equal(one, every[0]) for one in every)
-        elif len(me.nodes) > 1:
+        else:
             assert rounds == 3 + 2 * (me.size - 1)
+
+
+@on_ranks([Job(4, "world", 2)])
+def test_join_refuses_to_follow_optimizers_of_both_kinds(me: Rank) -> None:
+    models = [torch.nn.Linear(2, 2) for _ in range(2)]
+    kept = [
+        hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), method=method
+        )
+        for model, method in zip(models, ("crossover", "allreduce"), strict=True)
+    ]
+    with pytest.raises(hvd.ConfigError, match="cannot follow both"):
+        hvd.join()
+    del kept
+
+
+@on_ranks([Job(2), Job(4, "world", 2)])
+def test_models_that_nobody_uses_any_more_are_gone(me: Rank) -> None:
+    for options in METHODS:
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        hvd.DistributedOptimizer(optimizer, model.named_parameters(), **options)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        optimizer.gossip.drain()
+        assert len(list(running())) == 1
+        del model, optimizer
+        gc.collect()
+        assert not list(running())
 
 
 @on_ranks([Job(2)])

@@ -569,19 +569,55 @@ class Words(torch.nn.Module):
         return self.words((x[:, 0].abs() * 3).long().clamp(max=9))
 
 
-@on_ranks(FEW)
-def test_sparse_gradients_are_refused_by_name_or_made_dense(me: Rank) -> None:
+@on_ranks([*FEW, *ONE_NODE])
+def test_sparse_gradients_stay_so_or_are_made_dense(me: Rank) -> None:
     def make(model: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.5)
 
+    methods = ("allreduce", "crossover")
+    for options in ({}, {"sparse_as_dense": True}):
+        assert_as_academic(me, Words, make, methods=methods, **options)
     model = Words()
-    optimizer = wrapped(model, make(model))
-    with pytest.raises(ValueError, match=r"'words\.weight' is sparse: pass sparse_as_dense=True"):
-        plain(model, optimizer, *batch(me.rank, 0, torch.float64, 5, 3))
-    assert_as_academic(me, Words, make, sparse_as_dense=True)
-    dense = distributed(me, Words(False), make, plain, 3, method="crossover")
-    sparse = distributed(me, Words(), make, plain, 3, method="crossover", sparse_as_dense=True)
-    torch.testing.assert_close(vector(dense), vector(sparse), rtol=1e-12, atol=1e-12)
+    optimizer = wrapped(model, torch.optim.SparseAdam(list(model.parameters()), lr=0.1))
+    plain(model, optimizer, *batch(me.rank, 0, torch.float64, 5, 3))
+    assert model.words.weight.grad.is_sparse
+    assert_nodes_equal(me, model)
+
+
+class Scaled(torch.nn.Module):
+    """Words that a batch may do without, and a parameter that it may not."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.words = Words(sparse)
+        self.scale = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, words: bool) -> torch.Tensor:
+        return self.scale * (self.words(x) if words else torch.ones_like(self.words(x)).detach())
+
+
+@on_ranks(TWO_BY_TWO)
+def test_a_rank_without_a_sparse_gradient(me: Rank) -> None:
+    models = [Scaled(True), Scaled(False)]
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer = wrapped(model, optimizer, method="allreduce")
+        for step in range(3):
+            x, y = batch(me.rank, step, torch.float64, 5, 3)
+            optimizer.zero_grad()
+            (model(x, step == 0 or me.rank > 0) - y).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(vector(models[0]), vector(models[1]), rtol=1e-12, atol=1e-12)
+
+
+@on_ranks([Job(2, "node", 2)])
+def test_a_sparse_gradient_in_a_group_is_refused(me: Rank) -> None:
+    model = torch.nn.ModuleList([Words(), Words()])
+    optimizer = wrapped(model, torch.optim.SGD(model.parameters(), lr=0.5), groups=1)
+    x = batch(me.rank, 0, torch.float64, 5, 3)[0]
+    with pytest.raises(ValueError, match="which a group cannot hold"):
+        (model[0](x) + model[1](x)).sum().backward()
+    del optimizer
 
 
 @on_ranks([Job(2), *TWO_BY_TWO])

@@ -1,0 +1,66 @@
+"""Horovod's arguments of ``DistributedOptimizer``, checked with Horovod's own sentences."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gossip_hvd.torch.reduction import Named
+
+
+def named_of(
+    optimizer: torch.optim.Optimizer, named_parameters: Sequence[Named] | None
+) -> list[Named]:
+    """A unique name for every parameter of the optimizer, in the model's order."""
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    if named_parameters is None:
+        return [
+            (f"allreduce.noname.{i}.{j}", p)
+            for i, group in enumerate(optimizer.param_groups)
+            for j, p in enumerate(group["params"])
+        ]
+    named = list(named_parameters)
+    if any(not isinstance(entry, tuple) for entry in named):
+        raise ValueError(
+            "named_parameters should be a sequence of tuples (name, parameter), usually produced "
+            "by model.named_parameters()."
+        )
+    names = [name for name, _ in named]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(
+            "Parameter names in named_parameters must be unique. Found duplicates: "
+            f"{', '.join(duplicates)}"
+        )
+    ids = {id(p) for _, p in named}
+    if any(id(p) not in ids for p in own):
+        raise ValueError(
+            "named_parameters was specified, but one or more model parameters were not named."
+        )
+    mine = {id(p) for p in own}
+    return [(name, p) for name, p in named if id(p) in mine]
+
+
+def groups_of(named: Sequence[Named], num_groups: int, groups: Any) -> tuple[tuple[str, ...], ...]:
+    """Horovod's groups as names."""
+    if groups is None:
+        groups = num_groups
+    if isinstance(groups, int):
+        if groups < 0:
+            raise ValueError("groups should be a non-negative integer or a list of lists.")
+        names = [name for name, p in named if p.requires_grad]
+        cuts = [i * len(names) // groups for i in range(groups + 1)] if groups else []
+        return tuple(tuple(names[a:b]) for a, b in itertools.pairwise(cuts) if b > a)
+    if not all(isinstance(p, torch.Tensor) for group in groups for p in group):
+        raise ValueError("groups must consist of torch.Tensor.")
+    names_by_id = {id(p): name for name, p in named}
+    if any(id(p) not in names_by_id for group in groups for p in group):
+        raise ValueError("groups contain a parameter that this optimizer does not have.")
+    named_groups = tuple(tuple(names_by_id[id(p)] for p in group) for group in groups)
+    flat = [name for group in named_groups for name in group]
+    if len(flat) != len(set(flat)):
+        raise ValueError("A parameter can only appear once in groups.")
+    return named_groups
