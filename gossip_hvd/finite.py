@@ -57,8 +57,9 @@ def healthy(where: str, stage: Stage, sent: Array, arrived: Arrived) -> Arrived:
     if stage.rule != "mix" or _ends(stage.sends) != _ends(stage.receives):
         raise ConfigError(
             f"{where}: nan_policy='skip' needs mutual exchanges, in which two nodes give each "
-            "other equal weights, and no exact mean; this round is not such. Use nan_policy='raise', or a method with "
-            "equal weights both ways, such as gossip with topology='random_matching'."
+            "other equal weights, and no exact mean; this round is not such. Use "
+            "nan_policy='raise', or a method with equal weights both ways, such as gossip with "
+            "topology='random_matching'."
         )
     if not finite(sent):
         _tell(where, -1)
