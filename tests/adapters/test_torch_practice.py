@@ -14,6 +14,7 @@ from rank import Rank
 from ranks import BOTH_SCOPES, Job, on_ranks
 
 import gossip_hvd.torch as hvd
+from gossip_hvd.options import EngineOptions
 
 TIMINGS: tuple[dict[str, Any], ...] = ({}, {"timing": "awc"})
 TWO_NODES = [Job(2), *BOTH_SCOPES]
@@ -192,8 +193,7 @@ def test_a_copy_of_the_optimizer_is_a_plain_one(me: Rank) -> None:
 
 @on_ranks([Job(2)])
 def test_none_stands_for_an_options_default(me: Rank) -> None:
-    names = ("seed", "timing", "staleness", "wire_dtype", "chunk_bytes", "window", "progress")
-    optimizer = wrapped(mlp(), **dict.fromkeys(names))
+    optimizer = wrapped(mlp(), **dict.fromkeys(EngineOptions.names()))
     assert optimizer.gossip.options == wrapped(mlp()).gossip.options
 
 
