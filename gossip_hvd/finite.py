@@ -8,6 +8,9 @@ j no longer gives to i, so the sum over the other nodes does not change. Where e
 mutual (a random circular shift, push-sum) one side's loss would not be the other's, and in an exact
 mean there is no pair: there ``"skip"`` is refused. ``"ignore"`` looks at nothing.
 
+Gradients are never looked at: under a loss scaler they overflow in the ordinary course of things,
+on all nodes alike once averaged, and the step is skipped.
+
 Cost: one dot product of the cell with itself, while it is in the cache.
 """
 
@@ -20,7 +23,7 @@ import numpy as np
 
 from gossip_hvd.errors import ConfigError, NotFiniteError
 from gossip_hvd.mixing import Array
-from gossip_hvd.rounds import Stage, Transfer
+from gossip_hvd.rounds import GRADIENTS, Stage, Transfer
 
 log = logging.getLogger("gossip_hvd")
 
@@ -30,6 +33,11 @@ Arrived = Sequence[tuple[Transfer, Array]]
 
 EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}
 """The bits of a 16-bit float that are all 1 where it is not finite."""
+
+
+def policy_of(policy: str, slot: str) -> str:
+    """The policy for one payload slot."""
+    return "ignore" if slot == GRADIENTS else policy
 
 
 def finite(values: Array) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gossip_hvd.errors import PlanError
-from gossip_hvd.finite import Arrived, finite, healthy, refusal
+from gossip_hvd.finite import Arrived, finite, healthy, policy_of, refusal
 from gossip_hvd.gather import Gather
 from gossip_hvd.lowering import Key, Lowered, Posted, room, travelling
 from gossip_hvd.methods.contract import Arrival, Context, Method, State
@@ -372,11 +372,11 @@ class Flight:
         stage = self.round.stages[self._stage]
         cell = self.seat.grid(stage.grid).cells[index]
         views = self.seat.views(cell)
-        in_place = key in self._in_place or key not in self._sent
-        sent = views[slot] if in_place else self._sent[key]
+        sent = views[slot] if key in self._in_place else self._sent.get(key, views[slot])
+        policy = policy_of(self.seat.nan_policy, slot)
         transfers: Arrived = self._arrivals[key]
         where = f"rank {self.seat.rank} (node {self.seat.node}), round {self.round.number}"
-        if self.seat.nan_policy == "skip":
+        if policy == "skip":
             transfers = healthy(where, stage, sent, transfers)
         arrival = Arrival(
             stage,
@@ -391,7 +391,7 @@ class Flight:
             self.round.number,
         )
         self.method.apply(self.state, arrival, views)
-        if self.seat.nan_policy == "raise" and not finite(views[slot]):
+        if policy == "raise" and not finite(views[slot]):
             unit = self.seat.grid(stage.grid).units[cell.unit]
             raise refusal(f"{where}, segment {unit!r}", self.seat.node, sent, transfers)
         self.seat.record("mixed", self.sequence, self._stage, index)
