@@ -14,7 +14,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 export TF_ENABLE_ONEDNN_OPTS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-keras test test-all soak lint clean
+.PHONY: help setup demo demo-keras test test-links soak lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,8 +31,8 @@ demo-keras: setup  ## the same with Keras on TensorFlow
 test: setup  ## run the tests
 	$(IN_VENV) .venv/bin/python -m pytest $(ARGS)
 
-test-all: setup  ## run those of adapters in progress too: Lightning, Accelerate
-	$(IN_VENV) GOSSIP_TESTS=all .venv/bin/python -m pytest $(ARGS)
+test-links: setup  ## the faults of links too, on hosts of their own; needs root
+	$(IN_VENV) GOSSIP_TESTS=links .venv/bin/python -m pytest -s tests/adapters/test_torch_links.py $(ARGS)
 
 soak: setup  ## a thousand seeded runs with faults of every method, and 10,000 steps of real ranks
 	$(IN_VENV) .venv/bin/python tests/soak.py $(ARGS)
