@@ -78,9 +78,8 @@ class Flight:
         """Move what can move, mix what is complete; True once all is over."""
         if self.done:
             return True
-        if self._exchange is not None:
-            for what, message in self._exchange.poll():
-                self._completed(what, message)
+        for what, message in self._exchange.poll() if self._exchange is not None else ():
+            self._completed(what, message)
         if self._gather is not None:
             self._gather.poll()
         complete = self._exchange is not None and self._exchange.done and not self._open
@@ -136,8 +135,7 @@ class Flight:
 
     def outstanding(self) -> list[tuple[str, Message]]:
         """Messages still under way."""
-        parts = [part for part in (self._exchange, self._gather) if part is not None]
-        return [entry for part in parts for entry in part.outstanding()]
+        return [e for part in (self._exchange, self._gather) if part for e in part.outstanding()]
 
     def moved(self) -> int:
         """A number that changes with every event."""
@@ -146,9 +144,8 @@ class Flight:
     def facts(self) -> Facts:
         """Who waits for whom."""
         seat, waiting = self.seat, self.outstanding()
-        where = f"rank {seat.rank} (node {seat.node}), round {self.round.number}"
         if not waiting:
-            return Facts(f"{where}: nothing outstanding", round=self.round.number)
+            return Facts(f"{self._where}: nothing outstanding", round=self.round.number)
         # Data has a segment to be named; words and notes have none.
         what, message = next((e for e in waiting if e[1].cell >= 0), waiting[0])
         stage = self.round.stages[min(self._stage, len(self.round.stages) - 1)]
@@ -162,7 +159,7 @@ class Flight:
         nbytes = sum(m.data.nbytes for _, m in waiting)
         record = seat.record
         return Facts(
-            f"{where}, stage {self._stage} ({stage.rule}), segment {unit!r}: {verb} rank "
+            f"{self._where}, stage {self._stage} ({stage.rule}), segment {unit!r}: {verb} rank "
             f"{message.peer} (node {seat.cluster.node_of(message.peer)}); "
             f"{len(waiting)} messages outstanding ({nbytes} bytes), so far "
             f"{record.bytes_received} bytes received and {record.bytes_sent} sent",
@@ -172,6 +169,10 @@ class Flight:
             record.key,
             self.sequence,
         )
+
+    @property
+    def _where(self) -> str:
+        return f"rank {self.seat.rank} (node {self.seat.node}), round {self.round.number}"
 
     @property
     def _mixes(self) -> bool:
@@ -220,7 +221,8 @@ class Flight:
             [*(m.peer for m in self._notes_in), *self._ours.sources],
             [*(m.peer for m in self._notes_out), *self._ours.destinations],
             purpose=(self.round.number, stage.rule),
-            traffic=seat.traffic,
+            asking=seat.asking,
+            sending=seat.sending,
             record=seat.record,
         )
 
@@ -301,15 +303,14 @@ class Flight:
                 copy[...] = views[slot] if other is None else other
         except FloatingPointError:
             raise PlanError(
-                f"rank {seat.rank} (node {seat.node}), round {self.round.number}, segment "
-                f"{seat.grid(stage.grid).units[cell.unit]!r}: a value is too large for "
-                f"wire_dtype={dtype.name!r}. Use wire_dtype='bfloat16', or None."
+                f"{self._where}, segment {seat.grid(stage.grid).units[cell.unit]!r}: a value is "
+                f"too large for wire_dtype={dtype.name!r}. Use wire_dtype='bfloat16', or None."
             ) from None
 
     def _message(self, transfer: Transfer, cell: Cell, peer: int, data: Bytes) -> Message:
-        slot = SHARED_SLOTS.index(transfer.slot)
-        tag = tag_of("data", self.sequence, self._stage, cell.index, slot)
-        return Message(peer, tag, data, (transfer.slot, cell.index), cell.index)
+        slot, index = transfer.slot, cell.index
+        tag = tag_of("data", self.sequence, self._stage, index, SHARED_SLOTS.index(slot))
+        return Message(peer, tag, data, (slot, index), index)
 
     def _notes(self, stage: Stage) -> tuple[list[Message], list[Message]]:
         """Notes to receive and to send: every rank of a node gets the note of each peer node.
@@ -375,9 +376,8 @@ class Flight:
         sent = views[slot] if key in self._in_place else self._sent.get(key, views[slot])
         policy = policy_of(self.seat.nan_policy, slot)
         transfers: Arrived = self._arrivals[key]
-        where = f"rank {self.seat.rank} (node {self.seat.node}), round {self.round.number}"
         if policy == "skip":
-            transfers = healthy(where, stage, sent, transfers)
+            transfers = healthy(self._where, stage, sent, transfers)
         arrival = Arrival(
             stage,
             slot,
@@ -393,7 +393,7 @@ class Flight:
         self.method.apply(self.state, arrival, views)
         if policy == "raise" and not finite(views[slot]):
             unit = self.seat.grid(stage.grid).units[cell.unit]
-            raise refusal(f"{where}, segment {unit!r}", self.seat.node, sent, transfers)
+            raise refusal(f"{self._where}, segment {unit!r}", self.seat.node, sent, transfers)
         self.seat.record("mixed", self.sequence, self._stage, index)
         if self._last and self._gather is not None:
             self._gather.release(stage.grid, slot, index)

@@ -191,7 +191,8 @@ class Gossip:
             memory,
             wire_dtype=self.options.wire_dtype,
             largest=self.options.chunk_bytes,
-            traffic=self.options.traffic(),
+            asking=self.options.traffic(),
+            sending=self.options.traffic(),
             nan_policy=self.options.nan_policy,
             record=self._record,
         )

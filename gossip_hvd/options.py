@@ -29,8 +29,8 @@ class EngineOptions:
         wire_dtype: ``"bfloat16"`` or ``"float16"`` rounds float32 and float64 values on the wire;
             the mean over nodes stays exact.
         chunk_bytes: the largest message.
-        asks: messages of that size that a rank asks its peers for at once; None for four, or
-            what the link brings in 50 ms where that is more.
+        asks: messages of that size that a rank has under way at once, each way, for its oldest
+            exchange; None for four, or what the link moves in 50 ms where that is more.
         nan_policy: what becomes of a NaN or an infinity in one node's values: ``"raise"`` ends the
             job, ``"skip"`` keeps the cell out of the exchange, ``"ignore"`` lets it spread.
         progress: who moves bytes while the model computes: ``"thread"``, or ``"hooks"``, which
@@ -87,6 +87,6 @@ class EngineOptions:
         return made
 
     def traffic(self) -> Traffic:
-        """What one rank may ask for at once."""
+        """What one rank may have under way at once, in one direction."""
         messages = FEWEST_ASKS if self.asks is None else self.asks
         return Traffic(messages * self.chunk_bytes, adapts=self.asks is None)

@@ -67,7 +67,8 @@ class Seat:
         rates: the learning rate, one for all or one a field; None where nobody said.
         wire_dtype: what float32 and float64 values are rounded to on the wire, or None.
         largest: bytes of the largest message.
-        traffic: what this rank may ask for at once.
+        asking: what this rank may ask for at once.
+        sending: what it may send at once of what others have asked for.
         nan_policy: one of ``finite.NAN_POLICIES``.
         record: ring buffer of events.
     """
@@ -80,7 +81,8 @@ class Seat:
     arrays: MutableMapping[str, Bytes] = field(default_factory=dict)
     wire_dtype: str | None = None
     largest: int = LARGEST_MESSAGE
-    traffic: Traffic = field(default_factory=Traffic)
+    asking: Traffic = field(default_factory=Traffic)
+    sending: Traffic = field(default_factory=Traffic)
     nan_policy: str = "raise"
     record: Recorder = field(default_factory=Recorder)
     replicas: MutableMapping[str, Bytes] = field(default_factory=dict)

@@ -33,11 +33,13 @@ def exchange_of(
     stage: int,
     receives: list[Message],
     sends: list[Message] | None = None,
+    coming: list[int] | None = None,
     **options: Any,
 ) -> Exchange:
-    """An exchange that has been given all its messages."""
-    peers = [[m.peer for m in messages] for messages in (receives, sends or [])]
-    exchange = Exchange(wire, flight, stage, *peers, **options)
+    """An exchange that has been given all its messages, or waits for those from ``coming``."""
+    sources = coming or [m.peer for m in receives]
+    destinations = [m.peer for m in sends or []]
+    exchange = Exchange(wire, flight, stage, sources, destinations, **options)
     exchange.receive(receives)
     exchange.send(sends or [])
     return exchange
@@ -71,9 +73,10 @@ class ScriptedWire:
     def complete(self, *transfer: Any) -> None:
         self.completed.add(self.asked.index(transfer))
 
-    def say(self, peer: int, tag: int) -> None:
+    def say(self, peer: int, tag: int, flight: int = 0) -> None:
         """The peer's word comes: it asks for the message of that tag."""
-        words = [i for i, asked in enumerate(self.asked) if asked == ("receive", peer, WORD)]
+        word = tag_of("word", flight, 0)
+        words = [i for i, asked in enumerate(self.asked) if asked == ("receive", peer, word)]
         at = next(i for i in words if i not in self.completed)
         self.buffers[at].view(np.int64)[:] = (tag, 0, 0)
         self.completed.add(at)
@@ -113,12 +116,12 @@ def finish(exchanges: list[Exchange], seed: int, turns: int = 100_000) -> None:
 def test_a_receive_is_posted_before_its_word_is_said() -> None:
     wire = ScriptedWire()
     exchange_of(wire, 0, 0, [Message(1, 8, data()), Message(2, 9, data()), Message(1, 7, data())])
-    asked = [(1, 8), (2, 9), (1, 7)]  # both flows advance together
+    asked = [(1, 8), (1, 7), (2, 9)]
     assert wire.asked == [
         step for peer, tag in asked for step in (("receive", peer, tag), ("send", peer, WORD))
     ]
     said = [int(b.view(np.int64)[0]) for b in wire.buffers if b.size == 24]
-    assert said == [8, 9, 7]
+    assert said == [8, 7, 9]
 
 
 def test_no_data_leaves_before_its_receivers_word() -> None:
@@ -164,7 +167,7 @@ def test_an_ungated_exchange_sends_at_once_and_says_nothing() -> None:
 def test_traffic_bounds_the_bytes_that_are_asked_for_at_once(asks: int | None) -> None:
     wire = ScriptedWire()
     receives = [Message(1, tag, data()) for tag in range(10, 18)]
-    exchange = exchange_of(wire, 0, 0, receives, traffic=Traffic(asks and 4 * asks))
+    exchange = exchange_of(wire, 0, 0, receives, asking=Traffic(asks and 4 * asks))
     for turn in range(9):
         posted = [tag for verb, _, tag in wire.asked if verb == "receive"]
         assert posted == [*range(10, min(18, 10 + turn + (asks or 8)))]
@@ -174,31 +177,83 @@ def test_traffic_bounds_the_bytes_that_are_asked_for_at_once(asks: int | None) -
             assert [m.tag for _, m in exchange.poll()] == [10 + turn]
 
 
-def test_traffic_is_shared_and_one_message_may_always_go() -> None:
-    wire, traffic = ScriptedWire(), Traffic(5)
-    first = exchange_of(wire, 0, 0, [Message(1, 8, data(100))], traffic=traffic)
-    second = exchange_of(wire, 1, 0, [Message(1, 9, data(4))], traffic=traffic)
-    assert [tag for verb, _, tag in wire.asked if verb == "receive"] == [8]
-    wire.complete("receive", 1, 8)
-    first.poll()
+def asked(wire: ScriptedWire) -> list[int]:
+    return [tag for verb, _, tag in wire.asked if verb == "receive"]
+
+
+def test_a_younger_exchange_takes_what_the_older_leaves() -> None:
+    wire, traffic = ScriptedWire(), Traffic(18)
+    old = [Message(1, tag, data(6)) for tag in (10, 11, 12, 13)]
+    young = [Message(1, tag, data(6)) for tag in range(20, 30)]
+    first = exchange_of(wire, 3, 0, [], asking=traffic, coming=[1] * 4)
+    second = exchange_of(wire, 4, 0, young, asking=traffic)
+    assert asked(wire) == [20], "the older asks for nothing yet"
+    first.receive(old)
+    assert asked(wire) == [20, 10, 11, 12]
+    wire.complete("receive", 1, 20)
     second.poll()
-    assert [tag for verb, _, tag in wire.asked if verb == "receive"] == [8, 9]
+    assert asked(wire) == [20, 10, 11, 12], "not while the older has something under way"
+    for tag in (10, 11, 12, 13):
+        wire.complete("receive", 1, tag)
+        first.poll()
+    second.poll()
+    assert asked(wire) == [20, 10, 11, 12, 13, 21, 22, 23], "now it is the oldest"
+
+
+def test_every_peer_has_its_part_and_a_silent_one_delays_no_other() -> None:
+    wire, traffic = ScriptedWire(), Traffic(40)
+    few = [Message(2, tag, data(5)) for tag in range(4)]
+    many = [Message(1, tag, data(5)) for tag in range(10, 22)]
+    exchange = exchange_of(wire, 0, 0, [*few, *many], asking=traffic)
+    assert sorted(asked(wire)) == [0, 1, *range(10, 16)], "a quarter and three quarters"
+    for tag in range(10, 16):
+        wire.complete("receive", 1, tag)
+        exchange.poll()
+    assert sorted(asked(wire)) == [0, 1, *range(10, 22)]
+
+
+def test_one_message_of_every_flow_may_always_go() -> None:
+    wire, traffic = ScriptedWire(), Traffic(5)
+    exchange_of(wire, 0, 0, [Message(1, 8, data(100)), Message(1, 9, data(4))], asking=traffic)
+    assert asked(wire) == [8]
+    exchange_of(wire, 0, 1, [Message(2, 9, data(100)), Message(3, 9, data(4))], asking=Traffic(5))
+    assert asked(wire) == [8, 9, 9]
+
+
+def test_what_is_sent_keeps_to_the_same_rule() -> None:
+    wire, traffic = ScriptedWire(), Traffic(6)
+    exchanges = []
+    for flight in range(2):
+        goes = [Message(1 + flight, tag, data(2)) for tag in range(8)]
+        exchanges.append(exchange_of(wire, flight, 0, [], goes, sending=traffic))
+    for tag in range(8):
+        for flight, exchange in enumerate(exchanges):
+            wire.say(1 + flight, tag, flight)
+            exchange.poll()
+    assert wire.data_sent() == [(1, 0), (1, 1), (1, 2)]
+    assert [what for what, _ in exchanges[1].outstanding()] == ["send"] * 8
+    for tag in range(8):
+        wire.complete("send", 1, tag)
+        exchanges[0].poll()
+    exchanges[1].poll()
+    assert wire.data_sent()[8:] == [(2, 0), (2, 1), (2, 2)]
 
 
 @pytest.mark.parametrize(("rate", "limit"), [(1e3, 100), (4e4, 2_000), (1e6, 50_000)])
-def test_traffic_follows_what_the_link_brings(rate: float, limit: int) -> None:
+def test_traffic_follows_what_the_link_moves(rate: float, limit: int) -> None:
     now = [0.0]
     traffic = Traffic(100, adapts=True, clock=lambda: now[0])
+    fixed = Traffic(100, clock=lambda: now[0])
     chunk = round(rate * DELAY / 10)
-    traffic.take(1)  # never idle
+    for each in (traffic, fixed):
+        each.begin((0, 0))
+        each.take((0, 0), 1, 1.0, 1)  # never idle
     for _ in range(25):
         now[0] += DELAY / 10
-        traffic.give_back(chunk)
+        for each in (traffic, fixed):
+            each.take((0, 0), 2, 1.0, chunk)
+            each.give_back((0, 0), 2, chunk)
     assert traffic.limit == pytest.approx(limit, rel=0.02)
-    fixed = Traffic(100, clock=lambda: now[0])
-    fixed.take(1)
-    now[0] += 1
-    fixed.give_back(10**6)
     assert fixed.limit == 100
 
 
@@ -312,7 +367,8 @@ class TwoStages:
                 sends.append(Message(b, tag, data(size, self.value(a, b, cell, at))))
         self.draw.shuffle(sends)
         wire = StrictWire(me, self.board)
-        return exchange_of(wire, 0, at, receives, sends, traffic=Traffic(self.limit))
+        limits = {"asking": Traffic(self.limit), "sending": Traffic(self.limit)}
+        return exchange_of(wire, 0, at, receives, sends, **limits)
 
     def run(self) -> None:
         for _ in range(10_000):

@@ -5,7 +5,7 @@ tag; a sender waits for the word. So data never arrives before its buffer is pos
 cannot put its next round in front of a slow node's last one, and a receiver decides in which order
 its link is used.
 
-Messages of several peers are interleaved: each peer's flow advances by the same fraction, so that
+Every peer's flow has under way its own part of what the link may carry (see ``traffic``), so that
 all flows end together. Messages may be added cell by cell, as the memory that they use becomes
 free; how many there will be is known from the beginning.
 """
@@ -13,11 +13,9 @@ free; how many there will be is known from the beginning.
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
-from itertools import count
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -26,7 +24,7 @@ import numpy as np
 from gossip_hvd.errors import PlanError
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.transport import Bytes, Wire
-from gossip_hvd.transport.traffic import Traffic
+from gossip_hvd.transport.traffic import Traffic, Turn
 
 KINDS = {"data": 0, "word": 1, "note": 2, "gather": 3}
 SLOTS = 4
@@ -54,15 +52,6 @@ class Message:
     cell: int = -1
 
 
-@dataclass(order=True, slots=True)
-class _Queued:
-    """A message that waits for its turn: by the fraction of its flow that goes before it."""
-
-    fraction: float
-    order: int
-    message: Message = field(compare=False)
-
-
 def tag_of(kind: str, flight: int, stage: int, cell: int = 0, slot: int = 0) -> int:
     """The tag of a message; flights and stages wrap around, long after they are over."""
     sequence = (flight * 2 + stage % 2) % SEQUENCES
@@ -86,7 +75,8 @@ class Exchange:
         purpose: number and kind of the round, which words carry: two ranks that exchange for
             different ends, as where one averages and the other trains, find out at once.
         gated: False where receivers give no word (node-internal messages).
-        traffic: what this rank may ask for, over all its exchanges; None for no limit.
+        asking: how much this rank may ask for, over all its exchanges; None for no limit.
+        sending: likewise, how much of what it was asked for it may send at once.
         record: told of every event.
     """
 
@@ -100,19 +90,21 @@ class Exchange:
         *,
         purpose: tuple[int, str] = (0, ""),
         gated: bool = True,
-        traffic: Traffic | None = None,
+        asking: Traffic | None = None,
+        sending: Traffic | None = None,
         record: Recorder | None = None,
     ) -> None:
         self.flight, self.stage, self._purpose = flight, stage, purpose
         self._kind = crc32(purpose[1].encode())
         self._wire, self._gated = wire, gated
-        self._traffic = traffic or Traffic()
         self._record = record or Recorder(1)
         self._owner: int | None = None
         self._handles: list[Any] = []
         self._pending: list[tuple[str, Message]] = []
         coming, going = list(sources), list(destinations)
-        self._unasked = _Flows(coming)
+        turn = flight, stage
+        self._unasked = _Flows(turn, coming, asking if gated else None)
+        self._unsent = _Flows(turn, going, sending if gated else None)
         self._missing = {"receive": len(coming), "send": len(going)}
         self._words = Counter(going if gated else ())
         self._asked_for: set[tuple[int, int]] = set()
@@ -125,7 +117,7 @@ class Exchange:
         """Ask for these messages, as traffic allows."""
         for message in messages:
             self._unasked.add(message)
-        self._ask()
+        self._unasked.release(self._ask)
 
     def send(self, messages: Iterable[Message]) -> None:
         """Send these messages, each once its receiver has asked for it."""
@@ -135,9 +127,10 @@ class Exchange:
                 self._send(message)
             elif (at := (message.peer, message.tag)) in self._asked_for:
                 self._asked_for.remove(at)
-                self._send(message)
+                self._unsent.add(message)
             else:
                 self._held[at] = message
+        self._unsent.release(self._send)
 
     @property
     def done(self) -> bool:
@@ -161,29 +154,27 @@ class Exchange:
                 self._word_came(message)
             elif what != "say":
                 self._completed(what, message)
-        self._ask()
+        self._unasked.release(self._ask)
+        self._unsent.release(self._send)
         return [entry for entry in completed if entry[0] in ("send", "receive")]
 
     def outstanding(self) -> list[tuple[str, Message]]:
         """What is still under way, for an error: what is waited for, and which message."""
         posted = [entry for entry in self._pending if entry[0] in ("send", "receive")]
         unasked = [("receive", message) for message in self._unasked.waiting()]
-        return posted + unasked + [("word", message) for message in self._held.values()]
+        unsent = [("send", message) for message in self._unsent.waiting()]
+        held = [("word", message) for message in self._held.values()]
+        return posted + unasked + unsent + held
 
     def hand_over(self) -> None:
         """Let another thread poll from now on; call it when no poll is running."""
         self._owner = None
 
-    def _ask(self) -> None:
-        """Ask for as much as traffic allows."""
-        while (message := self._unasked.next) is not None:
-            if self._gated and not self._traffic.take(message.data.nbytes):
-                return
-            self._unasked.drop()
-            self._post("receive", message)
-            if self._gated:
-                word = np.array([message.tag, self._purpose[0], self._kind], np.int64)
-                self._post("say", Message(message.peer, self._word, word.view(np.uint8)))
+    def _ask(self, message: Message) -> None:
+        self._post("receive", message)
+        if self._gated:
+            word = np.array([message.tag, self._purpose[0], self._kind], np.int64)
+            self._post("say", Message(message.peer, self._word, word.view(np.uint8)))
 
     def _send(self, message: Message) -> None:
         self._post("send", message)
@@ -208,17 +199,16 @@ class Exchange:
                 "the same operations in the same order."
             )
         at = word.peer, tag
-        self._record("word", self.flight, self.stage, cell_of(at[1]), word.peer)
+        self._record("word", self.flight, self.stage, cell_of(tag), word.peer)
         self._await_word(word.peer)
         if at in self._held:
-            self._send(self._held.pop(at))
+            self._unsent.add(self._held.pop(at))
         else:
             self._asked_for.add(at)
 
     def _completed(self, what: str, message: Message) -> None:
         self._missing[what] -= 1
-        if what == "receive" and self._gated:
-            self._traffic.give_back(message.data.nbytes)
+        (self._unasked if what == "receive" else self._unsent).over(message)
         past = {"send": "sent", "receive": "received"}[what]
         self._note(past, message)
         self._count(past, message.data.nbytes)
@@ -250,32 +240,47 @@ class Exchange:
 
 
 class _Flows:
-    """Messages of several peers, in the order in which every peer's flow advances equally.
+    """Messages that wait until traffic allows them, peer by peer.
 
     Args:
+        turn: whose they are.
         peers: one entry a message that will be added.
+        traffic: of their direction; None for no limit.
     """
 
-    def __init__(self, peers: Iterable[int]) -> None:
-        self._totals, self._added = Counter(peers), Counter[int]()
-        self._order = count()
-        self._queue: list[_Queued] = []
-
-    @property
-    def next(self) -> Message | None:
-        """The message whose turn it is."""
-        return self._queue[0].message if self._queue else None
+    def __init__(self, turn: Turn, peers: Iterable[int], traffic: Traffic | None) -> None:
+        self._turn, self._traffic = turn, traffic
+        counts = Counter(peers)
+        self._missing = counts.total()
+        self._parts = {peer: count / self._missing for peer, count in counts.items()}
+        self._queues: dict[int, deque[Message]] = {}
+        if traffic is not None and self._missing:
+            traffic.begin(turn)
 
     def add(self, message: Message) -> None:
         """One more."""
-        self._added[message.peer] += 1
-        fraction = (self._added[message.peer] - 0.5) / self._totals[message.peer]
-        heappush(self._queue, _Queued(fraction, next(self._order), message))
+        self._queues.setdefault(message.peer, deque()).append(message)
 
-    def drop(self) -> None:
-        """The next one has had its turn."""
-        heappop(self._queue)
+    def release(self, go: Callable[[Message], None]) -> None:
+        """Let go what traffic allows now."""
+        for peer, queue in self._queues.items():
+            while queue and self._allows(peer, queue[0]):
+                go(queue.popleft())
+
+    def over(self, message: Message) -> None:
+        """One that was let go has come or gone."""
+        if self._traffic is None:
+            return
+        self._traffic.give_back(self._turn, message.peer, message.data.nbytes)
+        self._missing -= 1
+        if not self._missing:
+            self._traffic.end(self._turn)
 
     def waiting(self) -> list[Message]:
-        """Those that have not had their turn."""
-        return [queued.message for queued in self._queue]
+        """Those that have not been let go."""
+        return [message for queue in self._queues.values() for message in queue]
+
+    def _allows(self, peer: int, message: Message) -> bool:
+        return self._traffic is None or self._traffic.take(
+            self._turn, peer, self._parts[peer], message.data.nbytes
+        )

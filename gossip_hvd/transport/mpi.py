@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 TUNING = {
     # No PUT: its control messages queue behind bulk data of the other direction.
     "OMPI_MCA_btl_tcp_flags": "9",
-    # Small socket buffers keep the bytes of an old round out of the way of a new one.
-    "OMPI_MCA_btl_tcp_sndbuf": "262144",
+    # Small socket buffers: what is in them can no longer be overtaken by what is needed first.
+    "OMPI_MCA_btl_tcp_sndbuf": "65536",
     # Ranks that wait give their core away; several ranks often share one.
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
