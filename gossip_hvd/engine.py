@@ -18,7 +18,7 @@ from gossip_hvd.memory import Memory
 from gossip_hvd.methods.contract import Context, Method, Moment
 from gossip_hvd.mixing import dtype_of
 from gossip_hvd.progress import CallerProgress, Progress, Steps
-from gossip_hvd.rounds import WEIGHTS, exact_mean
+from gossip_hvd.rounds import WEIGHTS, Round, exact_mean
 from gossip_hvd.seat import Seat
 from gossip_hvd.transport import Bytes
 
@@ -197,6 +197,10 @@ class Engine:
         if before.state.segments == self.state.segments:
             self.state = before.state
 
+    def flies_late(self, plan: Round) -> bool:
+        """Whether a round travels under the next step: an exact mean, or two stages, cannot."""
+        return self.timing == "awc" and not plan.blocking and len(plan.stages) < 2
+
     def post_again(self, posted: Posted) -> None:
         """Send what the last round had sent when its job was stopped; all ranks must call."""
         assert self._flying is None, "drain first"
@@ -226,7 +230,7 @@ class Engine:
         self.state = self.method.observe(self.state, self.number, context)
         plan = self.method.plan(self.state, self.number, self.seat.node)
         self.number += 1
-        late = self.timing == "awc" and not plan.blocking and len(plan.stages) < 2
+        late = self.flies_late(plan)
         if flight is not None and not late:
             yield from self._merge(flight)
             yield from self._settle(flight)

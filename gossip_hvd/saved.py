@@ -263,9 +263,9 @@ def _posted(
     note = _take(entry, "note", list)
     after, method = restored(engine.state, state), engine.method
     plan = method.plan(after, max(0, number - 1), engine.seat.node)
-    late = engine.timing == "awc" and not plan.blocking and len(plan.stages) < 2
-    size = len(method.note(after, plan.number, Context()))
-    if number < 1 or not late or len(note) != size or not all(map(_is_number, note)):
+    numbers = len(note) == len(method.note(after, plan.number, Context()))
+    numbers = numbers and all(map(_is_number, note))
+    if number < 1 or not engine.flies_late(plan) or not numbers:
         raise CheckpointError(f"the saved in_flight does not fit round {number - 1}.")
     values = _array(entry.get("values"), posted_bytes(engine.seat, plan), "in_flight['values']")
     return Posted(np.asarray(note, np.float64), values)

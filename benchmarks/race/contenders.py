@@ -23,6 +23,8 @@ class Contender:
         env: environment variables of its own.
         wire: ``"float32"`` or ``"16-bit"``: whose transfer it is compared with.
         hides: whether its limit is the larger of compute and transfer, or (ATC) their sum.
+        models: how many models' bytes a round sends and receives.
+        means: of all rounds, how many are exact means that nothing hides, 0 to 1.
         needs: a peer that must be installed first, as pip names it.
     """
 
@@ -33,15 +35,46 @@ class Contender:
     env: dict[str, str] = field(default_factory=dict)
     wire: str = "float32"
     hides: bool = True
+    models: int = 1
+    means: float = 0.0
     needs: str | None = None
 
+    def limit(self, compute: float, transfer: float, hosts: int) -> float:
+        """Seconds of a step that costs nothing beside compute and the wire.
 
-def _ours(name: str, title: str, *, wire: str = "float32", **options: object) -> Contender:
+        Args:
+            compute: seconds of a step.
+            transfer: seconds of one model out of and into every host.
+            hosts: how many.
+        """
+        moved = self.models * transfer
+        usual = max(compute, moved) if self.hides else compute + moved
+        mean = compute + transfer * 2 * (hosts - 1) / hosts
+        return (1 - self.means) * usual + self.means * mean
+
+
+def _ours(
+    name: str,
+    title: str,
+    *,
+    wire: str = "float32",
+    models: int = 1,
+    means: float = 0.0,
+    momentum: float = 0.0,
+    **options: object,
+) -> Contender:
     if wire != "float32":
         options["wire_dtype"] = wire
-    kind = "float32" if wire == "float32" else "16-bit"
-    given = ("--options", json.dumps(options))
-    return Contender(name, title, "gossip", given, wire=kind, hides=options["timing"] == "awc")
+    return Contender(
+        name,
+        title,
+        "gossip",
+        ("--options", json.dumps(options), "--momentum", str(momentum)),
+        wire="float32" if wire == "float32" else "16-bit",
+        hides=options["timing"] == "awc",
+        models=models,
+        means=means,
+    )
 
 
 def _keras(name: str, title: str, **options: object) -> Contender:
@@ -64,6 +97,9 @@ def _decent(topology: str) -> Contender:
 _SHIFT = {"method": "crossover", "peers": "shift", "segments": "one"}
 _FAIR = {"method": "crossover", "peers": "fair"}
 _EXPONENTIAL = {"method": "gossip", "topology": "one_peer_exponential"}
+_MATCHING = {"method": "gossip", "topology": "random_matching"}
+_PGA = {"method": "gossip_pga", "period": 6}
+_GRAD = {"method": "gossipgrad"}
 
 CONTENDERS = {
     c.name: c
@@ -74,6 +110,12 @@ CONTENDERS = {
         _ours("fair", "ours: crossover fair, AWC", timing="awc", **_FAIR),
         _ours("fair-bf16", "… bfloat16 wire", timing="awc", wire="bfloat16", **_FAIR),
         _ours("exponential", "ours: one-peer exponential, AWC", timing="awc", **_EXPONENTIAL),
+        _ours("matching", "ours: random matching, AWC", timing="awc", **_MATCHING),
+        _ours("ceca", "ours: CECA, AWC", timing="awc", method="ceca"),
+        _ours("sgp", "ours: SGP, overlapped", timing="awc", method="sgp"),
+        _ours("pga", "ours: Gossip-PGA, H = 6, AWC", timing="awc", means=1 / 6, **_PGA),
+        _ours("gossipgrad", "ours: GossipGraD, AWC", timing="awc", models=2, momentum=0.9, **_GRAD),
+        _ours("shift-stale", "… staleness 1", timing="awc", staleness=1, **_SHIFT),
         _ours("shift-atc", "ours: one random peer a round, ATC", timing="atc", **_SHIFT),
         _ours("fair-atc", "ours: crossover fair, ATC", timing="atc", **_FAIR),
         _keras("keras-shift", "ours: Keras fit, one random peer, AWC", timing="awc", **_SHIFT),

@@ -12,7 +12,8 @@ from rich.table import Table
 from benchmarks.race.contenders import CONTENDERS, Contender
 from benchmarks.race.launch import Result
 
-REFERENCE = "horovod"
+REFERENCES = ("horovod-tuned", "horovod")
+"""Whom all others are compared with: the first that has run."""
 
 
 @dataclass
@@ -56,8 +57,9 @@ class Race:
 
     def limit(self, contender: Contender) -> float:
         """The larger of compute and transfer; their sum for who cannot overlap them."""
-        parts = (self.compute, self.transfer(contender.wire))
-        return max(parts) if contender.hides else sum(parts)
+        return contender.limit(
+            self.compute, self.transfer(contender.wire), int(self.bench["hosts"])
+        )
 
     def delay(self, name: str) -> float | None:
         """Mean seconds a step that stragglers cost, where both kinds were run."""
@@ -135,7 +137,8 @@ def _row(race: Race, name: str) -> list[str]:
     walls = sorted(run.wall for run in runs)
     median, limit = race.median(name), race.limit(CONTENDERS[name])
     worst = max(run.worst for run in runs)
-    faster = f"{race.median(REFERENCE) / median:.2f}" if REFERENCE in race.runs else "–"
+    beside = next((one for one in REFERENCES if one in race.runs), None)
+    faster = "–" if beside is None else f"{race.median(beside) / median:.2f}"
     load = statistics.mean(max(run.load) for run in runs)
     cells = [
         CONTENDERS[name].title,

@@ -14,6 +14,7 @@ from benchmarks.race.model import Lane
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="of DistributedOptimizer")
+    parser.add_argument("--momentum", type=float, default=0.0)
     parser.add_argument("--events", action="store_true", help="keep the recorder's events")
 
 
@@ -21,7 +22,7 @@ lane = Lane.parse(options)
 hvd.init()
 model = lane.model()
 optimizer = hvd.DistributedOptimizer(
-    torch.optim.SGD(model.parameters(), lr=1e-3),
+    torch.optim.SGD(model.parameters(), lr=1e-3, momentum=lane.asked.momentum),
     named_parameters=model.named_parameters(),
     **lane.asked.options,
 )

@@ -1,39 +1,54 @@
-"""``GossipCheckpoint``: all that a job needs to go on as if it had never stopped.
+"""``GossipCheckpoint``: all that a job under ``fit`` needs to go on as if it had never stopped.
 
-A checkpoint is a folder ``epoch-00007``: one ``rank*.npz`` a rank with the values of all variables
-of model and optimizer (also those that differ inside a node, such as batch norm's statistics and
-the state of dropout's random numbers) and its ``gossip.state_dict()``, and ``job.json`` with the
-epoch. It is complete once it has its name: it is written under another and renamed at the end.
+A rank saves the epoch, the state of its gossip and the values of all variables of model and
+optimizer, also of those that differ inside a node, such as batch norm's statistics and the state
+of dropout's random numbers. How they are written is in ``gossip_hvd.checkpoint``.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gossip_hvd import session
-from gossip_hvd.agreement import require_agreement
+from gossip_hvd.checkpoint import job
+from gossip_hvd.checkpoint.job import RESTORE, Content, Found, Party, Tensor
+from gossip_hvd.checkpoint.merge import Merge
+from gossip_hvd.checkpoint.tensors import Kind
+from gossip_hvd.checkpoint.trees import flatten
 from gossip_hvd.errors import CheckpointError, ConfigError
+from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.tensorflow.keras.callbacks.contract import Callback, built, gossip_of
 
-VERSION = 2
+DTYPES = {
+    "BOOL": "bool",
+    "BF16": "bfloat16",
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"C{bits}": f"complex{bits}" for bits in (64, 128)},
+}
+"""NumPy's dtypes by safetensors' names."""
 
-ARRAYS = ("arrays", "replicas")
-"""The entries of a gossip's state that hold arrays."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+PARTS = {"epoch", "gossip", "variables"}
+"""What a rank saves."""
 
 
 class GossipCheckpoint(Callback):
-    """Save every few epochs, and go on from the last checkpoint when training begins.
+    """Save every few epochs, and go on from the last whole checkpoint when training begins.
 
-    Put it last. The folder must be one that all ranks see. Going on is exact, to the bit, where
-    the training itself is deterministic and the script's own data order is that of the epoch.
+    Put it last. On the nodes of the job that saved, going on is exact, to the bit, where the
+    training itself is deterministic and the script's own data order is that of the epoch; other
+    nodes start from the mean of the old ones.
 
     Args:
-        directory: of the checkpoints.
+        directory: of the checkpoints, one for all nodes or one on each.
         every: epochs between checkpoints.
         keep: how many of the newest to keep.
         resume: whether to go on from the newest; ``fit`` then begins with the epoch after it.
@@ -49,8 +64,8 @@ class GossipCheckpoint(Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        if self.resume and (found := self._checkpoints()):
-            self.restore(found[-1])
+        if self.resume:
+            self.restore()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Save, if it is this epoch's turn."""
@@ -58,105 +73,106 @@ class GossipCheckpoint(Callback):
             self.save(epoch)
 
     def save(self, epoch: int) -> Path:
-        """Write a checkpoint of the end of ``epoch``; all ranks must call."""
-        world = session.current().world
-        gossip = gossip_of(self.model)
-        going = gossip is not None and gossip.begun
-        state = gossip.state_dict(drain=True) if going else None
-        final = self.directory / f"epoch-{epoch:05d}"
-        draft = self.directory / f"{final.name}.draft"
-        draft.mkdir(parents=True, exist_ok=True)
-        held = {str(i): _raw(v) for i, v in enumerate(self._variables())}
-        with (draft / f"rank{world.rank}.npz").open("wb") as file:
-            np.savez(file, **held, **_packed(state))
-        world.barrier("GossipCheckpoint")
-        if world.rank == 0:
-            (draft / "job.json").write_text(json.dumps(self._job(epoch, state), indent=1) + "\n")
-            shutil.rmtree(final, ignore_errors=True)
-            draft.rename(final)
-            for old in self._checkpoints()[: -self.keep]:
-                shutil.rmtree(old)
-        world.barrier("GossipCheckpoint")
-        return final
-
-    def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint; all ranks must call, with model and optimizer built.
+        """Write a checkpoint of the end of ``epoch``; all ranks must call.
 
         Raises:
-            ConfigError: for a checkpoint of another job, or of another version.
+            CheckpointError: on every rank, where one cannot write.
         """
-        world = session.current().world
-        job = json.loads((folder / "job.json").read_text())
-        require_agreement(world, "GossipCheckpoint", {"the checkpoint": folder.name})
-        nodes = [list(ranks) for ranks in session.current().cluster.nodes]
-        if job["version"] != VERSION or job["nodes"] != nodes:
-            raise ConfigError(
-                f"{folder}: a checkpoint of version {job['version']} of nodes {job['nodes']}; "
-                f"this is version {VERSION} with nodes {nodes}. Start as many ranks in the same "
-                "nodes, or load the model from a .keras file instead."
-            )
-        if not built(self.model):
-            raise ConfigError(
-                f"{folder}: the model has no variables yet to restore: call model.build(shape) "
-                "before fit."
-            )
-        with np.load(folder / f"rank{world.rank}.npz") as held:
-            variables = self._variables()
-            numbered = [name for name in held.files if name.isdigit()]
-            if len(numbered) != len(variables):
-                raise ConfigError(
-                    f"{folder}: it holds {len(numbered)} variables, model and optimizer have "
-                    f"{len(variables)}. Build the same model with the same optimizer."
-                )
-            for i, variable in enumerate(variables):
-                variable.assign(held[str(i)].view(np.asarray(variable.numpy()).dtype))
-            state = _unpacked(held)
         gossip = gossip_of(self.model)
-        if gossip is not None and state is not None:
-            self.model.optimizer.begin()
-            gossip.load_state_dict(state)
-        # Where Keras's own BackupAndRestore tells fit in which epoch to begin.
-        self.model._initial_epoch = job["epoch"] + 1
+        held = gossip.state_dict() if gossip is not None and gossip.begun else None
 
-    def _job(self, epoch: int, state: Any) -> dict[str, Any]:
-        nodes = session.current().cluster.nodes
-        numbers = None if state is None else {"round": state["round"]}
-        return {"version": VERSION, "epoch": epoch, "nodes": nodes, "gossip": numbers}
+        def content() -> Content:
+            values = [np.asarray(v.numpy()) for v in self._variables()]
+            state = {"epoch": epoch, "gossip": held, "variables": values}
+            tree, named = flatten(state, np.ndarray)
+            return Content(tree, [n.name for n in named], [_tensor(n.tensor) for n in named])
+
+        current = session.current()
+        with current.patient():
+            party = Party(current.world, current.cluster)
+            return job.save(party, self.directory, content, self.keep)
+
+    def restore(self) -> Path | None:
+        """Go on from the newest whole checkpoint; all ranks must call, with everything built.
+
+        Returns:
+            The checkpoint; None where there is none.
+
+        Raises:
+            CheckpointError: on every rank, where there are checkpoints and none is whole, or
+                where the newest whole one does not fit.
+        """
+        current = session.current()
+        party = Party(current.world, current.cluster)
+        with current.patient():
+            found = job.newest(party, self.directory)
+            if found is None:
+                return None
+            same = found.fits(party.cluster)
+            state = party.together(RESTORE, lambda: _state(party, found) if same else _mean(found))
+            party.together(RESTORE, lambda: self._load(state["variables"], found))
+        gossip = gossip_of(self.model)
+        if gossip is not None and state["gossip"] is not None:
+            self.model.optimizer.begin()
+            if same:
+                gossip.load_state_dict(state["gossip"])
+            else:
+                gossip.begin_at(state["gossip"]["round"])
+        # Where Keras's own BackupAndRestore tells fit in which epoch to begin.
+        self.model._initial_epoch = state["epoch"] + 1
+        return found.path
+
+    def _load(self, values: Sequence[Array], found: Found) -> None:
+        if not built(self.model):
+            raise CheckpointError(
+                f"{found.path}: the model has no variables yet to restore: call "
+                "model.build(shape) before fit."
+            )
+        variables = self._variables()
+        here = [(tuple(v.shape), v.dtype) for v in variables]
+        if here != [(v.shape, v.dtype.name) for v in values]:
+            raise CheckpointError(
+                f"{found.path}: it holds {len(values)} variables of other shapes or dtypes than "
+                f"the {len(here)} of model and optimizer. Build the same model with the same "
+                "optimizer."
+            )
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
 
     def _variables(self) -> list[Any]:
         """Every variable of model and optimizer once, in a fixed order."""
         every = [*self.model.variables, *self.model.optimizer.variables]
         return list({id(v): v for v in every}.values())
 
-    def _checkpoints(self) -> list[Path]:
-        """The complete ones, oldest first."""
-        return sorted(p.parent for p in self.directory.glob("epoch-[0-9]*[0-9]/job.json"))
 
-
-def _packed(state: Any) -> dict[str, Any]:
-    """A gossip's state as arrays, by names that no variable has: its numbers are JSON's text."""
-    if state is None:
-        return {}
-    arrays = {f"{kind}:{name}": a for kind in ARRAYS for name, a in state[kind].items()}
-    text = json.dumps({**state, **{kind: {} for kind in ARRAYS}})
-    return {"gossip": np.frombuffer(text.encode(), np.uint8), **arrays}
-
-
-def _unpacked(held: Any) -> dict[str, Any] | None:
-    """What ``_packed`` has packed."""
-    if "gossip" not in held:
-        return None
-    try:
-        state: dict[str, Any] = json.loads(held["gossip"].tobytes())
-    except ValueError as error:
-        raise CheckpointError(f"the saved gossip is no JSON: {error}") from None
-    for kind in ARRAYS:
-        names = [name for name in held.files if name.startswith(f"{kind}:")]
-        state[kind] = {name.removeprefix(f"{kind}:"): held[name] for name in names}
+def _state(party: Party, found: Found) -> dict[str, Any]:
+    """What this rank has saved."""
+    state = job.state_of(found, party.node, party.place, _array)
+    if not isinstance(state, dict) or set(state) != PARTS or not isinstance(state["epoch"], int):
+        raise CheckpointError(f"{found.path} was not written by GossipCheckpoint.")
     return state
 
 
-def _raw(variable: Any) -> Any:
-    """A variable's values in a dtype that NumPy can write."""
-    values = np.asarray(variable.numpy())
-    return values.view(np.uint16) if values.dtype.name == "bfloat16" else values
+def _mean(found: Found) -> dict[str, Any]:
+    """What nodes that did not save start from."""
+    files = Merge(found)
+    try:
+        gossip = files.plain(["gossip"])
+        masses = [1.0 if one is None else float(one["mass"]) for one in gossip]
+        return {
+            "epoch": files.first(["epoch"], _array),
+            "gossip": gossip[0],
+            "variables": files.mean(["variables"], masses, _array),
+        }
+    finally:
+        files.close()
+
+
+def _tensor(array: Array) -> Tensor:
+    plain = np.require(array, requirements="C")
+    return Tensor(Kind(NAMES[array.dtype.name], array.shape), plain.reshape(-1).view(np.uint8))
+
+
+def _array(tensor: Tensor) -> Array:
+    dtype = dtype_of(DTYPES[tensor.kind.dtype])
+    return tensor.data.view(dtype).reshape(tensor.kind.shape)
