@@ -17,6 +17,7 @@ from gossip_hvd.errors import OperationError
 from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.reductions import neutral, scale
 from gossip_hvd.requests import Request, Response
+from gossip_hvd.small import deliver, nbytes
 
 if TYPE_CHECKING:
     from gossip_hvd.operations import Handle
@@ -61,14 +62,14 @@ class Executor:
         batch: list[Response] = []
         room = 0
         for response in responses:
-            nbytes = _nbytes(response.request)
-            if batch and nbytes <= room and _alike(batch[-1], response):
+            size = nbytes(response.request)
+            if batch and size <= room and _alike(batch[-1], response):
                 batch.append(response)
-                room -= nbytes
+                room -= size
                 continue
             if batch:
                 yield batch
-            batch, room = [response], FUSED - nbytes
+            batch, room = [response], FUSED - size
         if batch:
             yield batch
 
@@ -86,13 +87,21 @@ class Executor:
                 if asked is not None:
                     asked.handle.fail(OperationError(first.error))
             return
-        if kind == "allreduce":
+        if first.values:
+            results = [self._delivered(first, mine[0])]
+        elif kind == "allreduce":
             results = self._allreduce(batch, mine)
         else:
             results = [getattr(self, f"_{kind}")(first, mine[0])]
         for response, asked, result in zip(batch, mine, results, strict=True):
             if asked is not None:
                 asked.handle.finish(response, result)
+
+    def _delivered(self, response: Response, asked: Asked | None) -> list[Array]:
+        if asked is None:
+            return []
+        deliver(response, asked.outputs)
+        return asked.outputs
 
     def _allreduce(self, batch: list[Response], mine: list[Asked | None]) -> list[list[Array]]:
         request = batch[0].request
@@ -210,19 +219,12 @@ def _taken(request: Request, asked: Asked | None) -> tuple[list[Array], list[Arr
     return made, made
 
 
-def _nbytes(request: Request) -> int:
-    return sum(
-        prod(shape) * dtype_of(dtype).itemsize
-        for shape, dtype in zip(request.shapes, request.dtypes, strict=True)
-    )
-
-
 def _alike(one: Response, other: Response) -> bool:
     """Whether two responses, one right behind the other on every rank, may travel together."""
     a, b = one.request, other.request
     return (
         a.kind == b.kind == "allreduce"
-        and not one.error + other.error
+        and not (one.error or other.error or one.values or other.values)
         and other.order == one.order + 1
         and (a.members, a.op, a.prescale, a.postscale) == (b.members, b.op, b.prescale, b.postscale)
     )

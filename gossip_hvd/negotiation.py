@@ -3,7 +3,7 @@
 A pure state machine, in the hands of rank 0. An operation is ready once every rank of its process
 set has announced its name, or has joined; all ranks are told of ready operations in one order, so
 ranks that ask in different orders never wait for each other. Cost: one message to rank 0 and one
-back, for as many operations as are waiting.
+back, for as many operations as are waiting; the smallest carry their values in these.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from gossip_hvd.joining import Joining
 from gossip_hvd.requests import Request, Response, agreed
+from gossip_hvd.small import answered
 
 SHUT_DOWN = (
     "gossip_hvd has been shut down. This was caused by an exception on one of the ranks or an "
@@ -110,7 +111,8 @@ class Coordinator:
             self._fail(key, SHUT_DOWN)
         elif not missing:
             del self._waiting[key]
-            self._tell(ranks, self._changed(agreed(waiting.requests, ranks)))
+            response = self._changed(agreed(waiting.requests, ranks))
+            self._tell(ranks, answered(response, waiting.requests, len(ranks)))
 
     def _changed(self, response: Response) -> Response:
         """Carry out what a response changes here."""

@@ -30,6 +30,7 @@ from gossip_hvd.requests import (
     encode_requests,
     encode_responses,
 )
+from gossip_hvd.small import packed
 from gossip_hvd.transport.mpi import Post, World
 from gossip_hvd.waits import Facts, waiting
 from gossip_hvd.watch import Patience
@@ -184,7 +185,7 @@ class Operations:
                     "tensor, use a different tensor name."
                 )
             self._asked[key] = asked
-            self._new.append(request)
+            self._new.append(packed(request, asked.inputs, self.rank))
         self._work.set()
         return asked.handle
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -53,6 +53,7 @@ class Request:
             ``remove_process_set``, its number; for ``join`` and ``steps`` the position of the
             first of the steps that ``dtypes`` then names. Empty splits of an alltoall mean equal
             ones.
+        values: those of this rank, where they travel with the request (see ``small``).
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Request:
     prescale: float = 1.0
     postscale: float = 1.0
     splits: tuple[int, ...] = ()
+    values: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Response:
             ``add_process_set`` the new number.
         joined: ranks that are out of data and have announced nothing.
         order: counts the responses of a job; ranks outside a process set miss some.
+        values: the result, where it travels with the response (see ``small``).
     """
 
     request: Request
@@ -86,53 +89,87 @@ class Response:
     rows: tuple[tuple[int, ...], ...] = ()
     joined: tuple[int, ...] = ()
     order: int = 0
+    values: bytes = b""
+
+
+# Letters: numbers and values as they are, and the rest as text. Training asks for the same things
+# again and again, so texts are kept, and what was read from them.
 
 
 def encode_requests(requests: Sequence[Request]) -> bytes:
-    """A list of requests as text."""
-    return _request_text(tuple(requests))
+    """A list of requests."""
+    return _letter(
+        [0] * len(requests), [r.values for r in requests], _request_text(tuple(requests))
+    )
 
 
-@lru_cache(maxsize=256)
-def _request_text(requests: tuple[Request, ...]) -> bytes:
-    # Training asks for the same things again and again, hence the caches here.
-    return json.dumps([astuple(one) for one in requests], separators=(",", ":")).encode()
-
-
-@lru_cache(maxsize=256)
-def decode_requests(data: bytes) -> tuple[Request, ...]:
+def decode_requests(data: bytes) -> list[Request]:
     """What ``encode_requests`` made."""
-    return tuple(_request(fields) for fields in json.loads(data))
+    _, values, text = _parts(data)
+    requests = _requests(text)
+    return [replace(r, values=v) if v else r for r, v in zip(requests, values, strict=True)]
 
 
 def encode_responses(responses: Sequence[Response]) -> bytes:
-    """A list of responses: how many, their orders, and the rest as text."""
-    orders = [len(responses), *(one.order for one in responses)]
-    text = _response_text(tuple(replace(one, order=0) for one in responses))
-    return struct.pack(f"<{len(orders)}q", *orders) + text
-
-
-@lru_cache(maxsize=256)
-def _response_text(responses: tuple[Response, ...]) -> bytes:
-    return json.dumps([astuple(one) for one in responses], separators=(",", ":")).encode()
+    """A list of responses."""
+    text = _response_text(tuple(replace(one, order=0, values=b"") for one in responses))
+    return _letter([one.order for one in responses], [one.values for one in responses], text)
 
 
 def decode_responses(data: bytes) -> list[Response]:
     """What ``encode_responses`` made."""
-    (count,) = struct.unpack_from("<q", data)
-    orders = struct.unpack_from(f"<{count}q", data, 8)
+    orders, values, text = _parts(data)
     return [
-        replace(one, order=order)
-        for one, order in zip(_responses(data[8 * (count + 1) :]), orders, strict=True)
+        replace(one, order=order, values=value)
+        for one, order, value in zip(_responses(text), orders, values, strict=True)
     ]
+
+
+def _letter(numbers: Sequence[int], values: Sequence[bytes], text: bytes) -> bytes:
+    head = [len(numbers), *numbers, *map(len, values)]
+    return b"".join((struct.pack(f"<{len(head)}q", *head), *values, text))
+
+
+def _parts(data: bytes) -> tuple[tuple[int, ...], list[bytes], bytes]:
+    (count,) = struct.unpack_from("<q", data)
+    head = struct.unpack_from(f"<{2 * count}q", data, 8)
+    at, values = 8 * (1 + 2 * count), []
+    for length in head[count:]:
+        values.append(data[at : at + length])
+        at += length
+    return head[:count], values, data[at:]
+
+
+@lru_cache(maxsize=256)
+def _request_text(requests: tuple[Request, ...]) -> bytes:
+    return _text([_plain(one) for one in requests])
+
+
+@lru_cache(maxsize=256)
+def _requests(text: bytes) -> tuple[Request, ...]:
+    return tuple(_request(fields) for fields in json.loads(text))
+
+
+@lru_cache(maxsize=256)
+def _response_text(responses: tuple[Response, ...]) -> bytes:
+    return _text([(_plain(one.request), one.error, one.rows, one.joined) for one in responses])
 
 
 @lru_cache(maxsize=256)
 def _responses(text: bytes) -> tuple[Response, ...]:
     return tuple(
         Response(_request(fields), error, tuple(map(tuple, rows)), tuple(joined))
-        for fields, error, rows, joined, _ in json.loads(text)
+        for fields, error, rows, joined in json.loads(text)
     )
+
+
+def _text(plain: list[Any]) -> bytes:
+    return json.dumps(plain, separators=(",", ":")).encode()
+
+
+def _plain(request: Request) -> tuple[Any, ...]:
+    """The fields that travel as text."""
+    return astuple(replace(request, values=b""))[:-1]
 
 
 def _request(fields: list[Any]) -> Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import socket
 import threading
@@ -322,6 +323,15 @@ def _watch(MPI: Any, comm: Any) -> Watch:
 
 
 def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any) -> None:
+    if framework == "tensorflow":
+        # An all-reduce inside a graph is nobody's to announce: Horovod looks after it itself.
+        never, timeout = float("inf"), setting("STALL_TIMEOUT")
+        shutdown = 0 if timeout == never else math.ceil(timeout)
+        for name, seconds in (
+            ("CHECK", math.ceil(setting("STALL_WARNING"))),
+            ("SHUTDOWN", shutdown),
+        ):
+            os.environ.setdefault(f"HOROVOD_STALL_{name}_TIME_SECONDS", str(seconds))
     node = list(session.node_ranks)
     if session.scope == "node":
         with waiting(session.waits_for(node, "start Horovod")):

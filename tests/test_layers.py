@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("transport",),
     ("watch",),
     ("inquiry", "terminate"),
-    ("waits", "endings", "letters", "frames", "records"),
+    ("waits", "endings", "letters", "frames", "records", "small"),
     ("settings", "recorder", "requests"),
     ("methods", "reductions", "finite"),
     ("mixing", "rounds"),

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gossip_hvd.joining import Steps
-from gossip_hvd.mixing import dtype_of
+from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
 from gossip_hvd.reductions import combine, neutral, scale
 from gossip_hvd.requests import (
+    OPS,
     Request,
     decode_requests,
     decode_responses,
     encode_requests,
     encode_responses,
 )
+from gossip_hvd.small import deliver, is_small, packed
 
 
 def wanted(name: str, kind: str = "allreduce", **changes: object) -> Request:
@@ -182,13 +185,74 @@ def test_process_sets_are_numbered_and_duplicates_refused() -> None:
 
 
 def test_letters_arrive_as_they_were_sent() -> None:
-    requests = [wanted("ä", "alltoall", splits=(1, 1)), Request("join", "join", splits=(1,))]
-    assert list(decode_requests(encode_requests(requests))) == requests
+    requests = [
+        wanted("ä", "alltoall", splits=(1, 1)),
+        wanted("b", values=b"\0}\xff," * 6),
+        Request("join", "join", splits=(1,)),
+    ]
+    read = decode_requests(encode_requests(requests))
+    assert read == requests
+    assert [one.values for one in read] == [b"", b"\0}\xff," * 6, b""]
+    others = [requests[0], wanted("b", values=b"1234" * 6), requests[2]]
+    assert decode_requests(encode_requests(others))[1].values == b"1234" * 6, "texts are kept"
     coordinator = Coordinator(1, limit=10)
     coordinator.announce(0, requests, 0)
     responses = coordinator.outgoing[0]
     assert decode_responses(encode_responses(responses)) == responses
-    assert [one.order for one in responses] == [1, 2]
+    assert [one.order for one in responses] == [1, 2, 3]
+    responses[1] = replace(responses[1], values=b"[]")
+    assert decode_responses(encode_responses(responses)) == responses
+
+
+def shares(dtype: str, ranks: int) -> list[Array]:
+    return [np.array([1, rank + 1, 2, 3, 1, 2]).astype(dtype_of(dtype)) for rank in range(ranks)]
+
+
+def small_result(coordinator: Coordinator, request: Request, rows: Mapping[int, Array]) -> Array:
+    for rank, row in rows.items():
+        coordinator.announce(rank, [packed(request, [row], rank)], 0)
+    results = [coordinator.outgoing[rank].pop() for rank in range(3)]
+    assert results[0] == results[1] == results[2]
+    out = np.empty(6, dtype_of(request.dtypes[0]))
+    deliver(results[0], [out])
+    return out
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int32"])
+def test_what_is_small_is_reduced_where_it_is_agreed(op: str, dtype: str) -> None:
+    rows = dict(enumerate(shares(dtype, 3)))
+    request = wanted("x", dtypes=(dtype,), op=op, prescale=2.0, postscale=0.5)
+    found = small_result(Coordinator(3, limit=10), request, rows)
+    twice = np.array([2 * row.astype(float) for row in rows.values()])
+    means = {"sum": np.sum, "average": np.mean, "min": np.min, "max": np.max, "product": np.prod}
+    np.testing.assert_array_equal(found.astype(float), means[op](twice, axis=0) / 2)
+
+
+def test_a_rank_that_has_joined_adds_nothing_to_what_is_small() -> None:
+    coordinator = Coordinator(3, limit=10)
+    coordinator.announce(1, [Request("join", "join", splits=(1,))], 0)
+    for rank in (0, 2):
+        coordinator.outgoing[rank].clear()
+    rows = shares("float32", 3)
+    request = wanted("x", op="average")
+    found = small_result(coordinator, request, {0: rows[0], 2: rows[2]})
+    np.testing.assert_allclose(found, (rows[0] + rows[2]) / 3)
+
+
+def test_a_small_broadcast_is_its_roots() -> None:
+    rows = dict(enumerate(shares("float32", 3)))
+    request = wanted("x", "broadcast", op="", root=2)
+    assert packed(request, [rows[0]], 0).values == b""
+    assert small_result(Coordinator(3, limit=10), request, rows).tolist() == rows[2].tolist()
+
+
+@pytest.mark.parametrize(("elements", "small"), [(0, False), (1, True), (256, True), (257, False)])
+def test_what_is_small_is_said_by_the_request_alone(elements: int, small: bool) -> None:
+    request = wanted("x", shapes=((elements,),))
+    assert is_small(request) == small
+    assert bool(packed(request, [np.ones(elements, np.float32)], 0).values) == small
+    assert not is_small(replace(request, kind="allgather"))
 
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")

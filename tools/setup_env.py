@@ -128,9 +128,11 @@ def install_packages(choices: Choices) -> str:
     write_record("frameworks", " ".join(choices.frameworks))
     if is_current("packages", key):
         return "all there"
-    # Their tests need the trainers that run on PyTorch.
-    trainers = ["lightning", "accelerate"] if "torch" in choices.frameworks else []
-    extras = ",".join([*choices.frameworks, *trainers, "dev"])
+    # What tests need: the trainers that run on PyTorch, what Keras writes its logs for.
+    beside = {"torch": ["lightning", "accelerate"], "tensorflow": ["tensorboard"]}
+    extras = ",".join(
+        [*choices.frameworks, *(e for f in choices.frameworks for e in beside[f]), "dev"]
+    )
     pip_install("--no-build-isolation", "-e", f"{PROJECT}[{extras}]", log="packages.log")
     write_record("packages", key)
     return f"installed gossip_hvd[{extras}]"

@@ -2,6 +2,7 @@
 
     python -m benchmarks.race                       # everything: about two hours on two cores
     python -m benchmarks.race --contenders alone,shift,horovod --repeats 1 --steps 10
+    python -m benchmarks.race --repeats 1 --go-on   # one turn more, in the same table
     python -m benchmarks.race --list
 
 A time is the wall of all steps after three for warming up, drain included, of the slowest rank,
@@ -53,7 +54,13 @@ def main(words: Sequence[str] | None = None) -> int:
         asked.steps,
         asked.stragglers,
     )
-    race = Race(asdict(bench), _about())
+    race = Race(json.loads(json.dumps(asdict(bench))), _about())
+    if asked.go_on:
+        earlier = Race.saved(json.loads((RESULTS / f"{asked.save}.json").read_text()))
+        if earlier.bench != race.bench:
+            console.print(f"race: {asked.save} was another bench: {earlier.bench}", style="red")
+            return 2
+        race = earlier
     bed = Testbed(bench.hosts, bench.rate, name=asked.name, network=asked.network)
     with _saved(race, asked.save, console), bed:
         for turn in range(asked.repeats):
@@ -168,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         help="each host is late in each step with chance P by SECONDS; also runs without",
     )
     add("--save", default="race", metavar="STEM", help="file name under benchmarks/results")
+    add("--go-on", action="store_true", help="add turns to those that are saved there")
     add("--name", default=NAME, help="prefix of the hosts' names")
     add("--network", type=int, default=NETWORK, help="addresses are 10.77.THIS.x")
     return made

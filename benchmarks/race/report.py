@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.race.contenders import CONTENDERS, Contender
 from benchmarks.race.launch import Result
 
-REFERENCES = ("horovod-tuned", "horovod")
+REFERENCES = ("horovod", "horovod-tuned")
 """Whom all others are compared with: the first that has run."""
 
 
@@ -35,6 +35,20 @@ class Race:
     runs: dict[str, list[Result]] = field(default_factory=dict)
     calm: dict[str, list[Result]] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def saved(cls, plain: dict[str, Any]) -> Race:
+        """From what ``plain`` gave, to go on with."""
+        made = cls(plain["bench"], plain["about"], plain["limits"])
+        for kind in ("runs", "calm"):
+            for name, entries in plain[kind].items():
+                for e in entries:
+                    times = e["seconds"], e["worst"], e["cpu"], tuple(e["load"]), e["overslept"]
+                    made.add(
+                        Result(name, *times, e["steps"], plain["versions"], []),
+                        "calm" if kind == "calm" else "",
+                    )
+        return made
 
     def add(self, result: Result, kind: str = "") -> None:
         """Note one run."""

@@ -1,7 +1,8 @@
 """Horovod's operations over the world in both scopes; Keras variables are accepted as tensors.
 
 In scope ``world`` Horovod answers. In scope ``node`` it knows one node only, so these are ours.
-Gradients flow as Horovod's do.
+Gradients are what Horovod's are, but for the names of their operations in a graph: Horovod takes
+those from tensors, whose names differ between ranks that have built different things before.
 """
 
 from __future__ import annotations
@@ -34,31 +35,34 @@ def allreduce(
 ) -> Any:
     """The reduction of a tensor, sparse slices included, over all ranks; arguments as Horovod's."""
     tensor = _tensor(tensor)
-    op = _op(op, average)
-    if horovod_answers(process_set):
-        return horovod.allreduce(
-            tensor,
-            device_dense=device_dense,
-            device_sparse=device_sparse,
-            compression=compression,
-            op=op,
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            **_called("allreduce", name, ignore_name_scope, process_set),
-        )
     if isinstance(tensor, tf.IndexedSlices):
-        values, indices = grouped_allgather([tensor.values, tensor.indices], name=name)
-        if op == horovod.Average:
-            values /= tf.cast(session.current().world.size, values.dtype)
-        return tf.IndexedSlices(values, indices, tensor.dense_shape)
+        return _sparse_allreduce(tensor, _op(op, average), compression, name, process_set)
     return grouped_allreduce(
         [tensor],
-        compression=compression,
-        op=op,
-        prescale_factor=prescale_factor,
-        postscale_factor=postscale_factor,
-        name=name,
+        average,
+        device_dense,
+        device_sparse,
+        compression,
+        op,
+        prescale_factor,
+        postscale_factor,
+        process_set,
+        ignore_name_scope,
+        name,
     )[0]
+
+
+def _sparse_allreduce(
+    slices: Any, op: Any, compression: Any, name: str | None, process_set: Any
+) -> Any:
+    """Every rank's slices behind each other; nobody needs their gradient."""
+    if horovod_answers(process_set):
+        called = _called("allreduce", name, False, process_set)
+        return horovod.allreduce(slices, compression=compression, op=op, **called)
+    values, indices = grouped_allgather([slices.values, slices.indices], name=name)
+    if op == horovod.Average:
+        values /= tf.cast(session.current().world.size, values.dtype)
+    return tf.IndexedSlices(values, indices, slices.dense_shape)
 
 
 def grouped_allreduce(
@@ -80,17 +84,25 @@ def grouped_allreduce(
     if not tensors:
         return []
     if horovod_answers(process_set):
-        reduced = horovod.grouped_allreduce(
-            tensors,
-            device_dense=device_dense,
-            device_sparse=device_sparse,
-            compression=compression,
-            op=op,
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            **_called("grouped_allreduce", name, ignore_name_scope, process_set),
-        )
-        return list(reduced)
+        arguments: dict[str, Any] = {
+            "device_dense": device_dense,
+            "device_sparse": device_sparse,
+            "compression": compression,
+            "op": op,
+            "prescale_factor": prescale_factor,
+            "postscale_factor": postscale_factor,
+        }
+
+        def horovods(name: str | None, inputs: Sequence[Any]) -> list[Any]:
+            called = _called("allreduce", name, ignore_name_scope, process_set)
+            if len(inputs) == 1:
+                return [horovod.allreduce(inputs[0], **arguments, **called)]
+            return list(horovod.grouped_allreduce(list(inputs), **arguments, **called))
+
+        return _differentiable(
+            lambda *inputs: horovods(name, inputs),
+            lambda gradients, _: horovods(name and f"{name}.gradient", gradients),
+        )(*tensors)
     packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
 
     def reduce(*inputs: Any) -> list[Any]:
@@ -120,19 +132,19 @@ def grouped_allgather(
 ) -> list[Any]:
     """The rows of all ranks of several tensors, as one operation."""
     tensors = [_tensor(tensor) for tensor in tensors]
-    if horovod_answers(process_set):
-        names = [name and f"{name}_{i}" for i in range(len(tensors))]
-        called = [_called("allgather", each, ignore_name_scope, process_set) for each in names]
-        return [horovod.allgather(x, **how) for x, how in zip(tensors, called, strict=True)]
 
     def gather(*inputs: Any) -> list[Any]:
+        if horovod_answers(process_set):
+            names = [name and f"{name}_{i}" for i in range(len(inputs))]
+            called = [_called("allgather", each, ignore_name_scope, process_set) for each in names]
+            return [horovod.allgather(x, **how) for x, how in zip(inputs, called, strict=True)]
         outputs = world_operation("allgather", inputs, name, _dtypes(inputs))
         return [_shaped_rows(out, x) for out, x in zip(outputs, inputs, strict=True)]
 
     def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        means = grouped_allreduce(gradients, op=horovod.Average)
+        means = grouped_allreduce(gradients, op=horovod.Average, process_set=process_set)
         rows = tf.stack([tf.shape(tensor)[0] for tensor in tensors])
-        before = allgather(rows[None])[: session.current().world.rank]
+        before = allgather(rows[None], process_set=process_set)[: _place(process_set)]
         starts = tf.reduce_sum(before, axis=0)
         return [mean[starts[i] : starts[i] + rows[i]] for i, mean in enumerate(means)]
 
@@ -148,17 +160,18 @@ def broadcast(
 ) -> Any:
     """The tensor of world rank ``root_rank``."""
     tensor = _tensor(tensor)
-    if horovod_answers(process_set):
-        called = _called("broadcast", name, ignore_name_scope, process_set)
-        return horovod.broadcast(tensor, root_rank, **called)
 
     def send(*inputs: Any) -> list[Any]:
+        if horovod_answers(process_set):
+            called = _called("broadcast", name, ignore_name_scope, process_set)
+            return [horovod.broadcast(inputs[0], root_rank, **called)]
         outputs = world_operation("broadcast", inputs, name, _dtypes(inputs), root=root_rank)
         return _shaped(outputs, inputs)
 
     def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        mean = allreduce(gradients[0], op=horovod.Average)
-        return [mean if session.current().world.rank == root_rank else tf.zeros_like(mean)]
+        mean = allreduce(gradients[0], op=horovod.Average, process_set=process_set)
+        # Multiplied, or a graph would leave out what nobody needs: the root would wait for ever.
+        return [mean * tf.cast(session.current().world.rank == root_rank, mean.dtype)]
 
     return _differentiable(send, backward)(tensor)[0]
 
@@ -210,18 +223,19 @@ def alltoall(
 ) -> Any:
     """Send some rows to each rank, and get theirs; with ``splits`` also how many from each."""
     tensor = _tensor(tensor)
-    if horovod_answers(process_set):
-        called = _called("alltoall", name, ignore_name_scope, process_set)
-        return horovod.alltoall(tensor, splits, **called)
     further = [] if splits is None else [tf.cast(splits, tf.int32)]
 
     def send(*inputs: Any) -> list[Any]:
+        if horovod_answers(process_set):
+            called = _called("alltoall", name, ignore_name_scope, process_set)
+            none = tf.constant([], tf.int32)
+            return list(horovod.alltoall(inputs[0], *(further or [none]), **called))
         dtypes = [tensor.dtype, tf.int32]
         rows, received = world_operation("alltoall", [*inputs, *further], name, dtypes)
         return [_shaped_rows(rows, tensor), tf.ensure_shape(received, [None])]
 
     def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        return [alltoall(gradients[0], outputs[1])[0]]
+        return [alltoall(gradients[0], outputs[1], process_set=process_set)[0]]
 
     rows, received = _differentiable(send, backward)(tensor)
     return rows if splits is None else (rows, received)
@@ -265,33 +279,35 @@ def grouped_reducescatter(
 ) -> list[Any]:
     """This rank's rows of the reductions of several tensors; arguments as Horovod's."""
     tensors = [_tensor(tensor) for tensor in tensors]
-    if horovod_answers(process_set):
+    packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
+
+    def horovods(inputs: Sequence[Any]) -> list[Any]:
+        members = _set(process_set)
         arguments: dict[str, Any] = {
-            "compression": compression,
             "op": op,
             "prescale_factor": prescale_factor,
             "postscale_factor": postscale_factor,
         }
-        if len(tensors) > 1:  # Horovod names groups itself
-            members = _set(process_set)
+        if len(inputs) > 1:  # Horovod names groups itself
+            every = list(inputs)
             return list(
-                horovod.grouped_reducescatter(
-                    tensors, device_dense, process_set=members, **arguments
-                )
+                horovod.grouped_reducescatter(every, device_dense, process_set=members, **arguments)
             )
-        arguments |= _called("reducescatter", name, ignore_name_scope, process_set)
-        return [horovod.reducescatter(tensors[0], device_dense, **arguments)]
-    packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
+        called = _called("reducescatter", name, ignore_name_scope, process_set)
+        return [horovod.reducescatter(inputs[0], device_dense, **arguments, **called)]
 
     def reduce(*inputs: Any) -> list[Any]:
+        if horovod_answers(process_set):
+            return horovods(inputs)
         details = {"op": named(op), "prescale": prescale_factor, "postscale": postscale_factor}
         outputs = world_operation("reducescatter", inputs, name, _dtypes(inputs), **details)
         return [_shaped_rows(out, x) for out, x in zip(outputs, inputs, strict=True)]
 
     def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        everybody = session.current().world.size if op == horovod.Sum else 1
+        everybody = _size(process_set) if op == horovod.Sum else 1
         factor = everybody * prescale_factor * postscale_factor
-        return [allgather(g * tf.cast(factor, g.dtype)) for g in gradients]
+        scaled = [g * tf.cast(factor, g.dtype) for g in gradients]
+        return [allgather(g, process_set=process_set) for g in scaled]
 
     rows = _differentiable(reduce, backward)(*packed)
     return [compression.decompress(r, c) for r, c in zip(rows, contexts, strict=True)]
@@ -317,6 +333,18 @@ def _op(op: Any, average: bool | None) -> Any:
 
 def _set(process_set: Any) -> Any:
     return horovod.global_process_set if process_set is None else process_set
+
+
+def _place(process_set: Any) -> int:
+    """This rank's position among those that take part."""
+    given = horovod_answers(process_set)
+    return int(_set(process_set).rank()) if given else session.current().world.rank
+
+
+def _size(process_set: Any) -> int:
+    """How many take part."""
+    given = horovod_answers(process_set)
+    return int(_set(process_set).size()) if given else session.current().world.size
 
 
 def _called(

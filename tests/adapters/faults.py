@@ -165,6 +165,24 @@ FAULTS: tuple[Fault, ...] = (
         RAISED,
         environ=NEVER | {"KERAS_BACKEND": "torch"},
     ),
+    Fault(
+        "a rank that stops in Keras's fit, its node's others in a graph",
+        "import keras, numpy\n"
+        "import gossip_hvd.keras as hvd\n"
+        "class Slow(keras.callbacks.Callback):\n"
+        "    def on_train_batch_begin(self, batch, logs=None):\n"
+        "        if hvd.rank() == 1 and batch == 20:\n"
+        "            say()\n"
+        "            time.sleep(80)\n"
+        "hvd.init(node_size=2)\n"
+        "model = keras.Sequential([keras.layers.Dense(1)])\n"
+        "model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), 'mse')\n"
+        "x = numpy.ones((4000, 3), 'float32')\n"
+        "model.fit(x, x[:, :1], batch_size=4, verbose=0, callbacks=[Slow()])",
+        (1, 75),
+        r"rank 0 raised; the job ends(.|\n)*([Ss]tall|shut down)",
+        environ=SOON | {"KERAS_BACKEND": "tensorflow"},
+    ),
     Fault("SIGKILL of a rank", "train(4000, 20, lambda: kill(9))", (137,), r"signal 9 \(Killed\)"),
     Fault(
         "SIGKILL of a host",

@@ -324,3 +324,18 @@ def test_other_nodes_go_on_from_the_mean(me: Rank) -> None:
     assert checkpoint.restore() is not None
     np.testing.assert_allclose(values(again), np.mean(replicas, axis=0), atol=1e-7)
     assert again._initial_epoch == 1
+
+
+@on_ranks(on(("tensorflow",), [Job(2)]))
+def test_tensorboard_behind_the_callback_writes_what_gossip_does(me: Rank) -> None:
+    tf = pytest.importorskip("tensorflow")
+    folder = shared(me, "board") / f"{me.rank}"
+    board = keras.callbacks.TensorBoard(folder, write_graph=False)
+    trained(me, sgd(), epochs=2, callbacks=[hvd.callbacks.GossipCallback(), board])
+    written: dict[str, list[int]] = {}
+    for file in (folder / "train").glob("events.*"):
+        for event in tf.compat.v1.train.summary_iterator(str(file)):
+            for value in event.summary.value:
+                written.setdefault(value.tag, []).append(event.step)
+    for name in ("consensus_distance", "gossip_rounds", "gossip_megabytes", "gossip_seconds"):
+        assert written[f"epoch_{name}"] == [0, 1]

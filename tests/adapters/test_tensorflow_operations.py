@@ -182,6 +182,29 @@ def test_gradients_flow_as_horovods_do(me: Rank) -> None:
 
 
 @on_ranks(PAIRS)
+def test_gradients_in_a_graph_meet_on_ranks_that_have_built_other_things(me: Rank) -> None:
+    for _ in range(3 * me.rank):
+        tf.function(lambda: tf.ones([2]) + tf.ones([2]))()
+    x = tf.ones([me.size, 2])
+
+    def gradient(operation):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(2.0 * operation(x))
+        return tape.gradient(y, x)
+
+    for operation, wanted in (
+        (lambda t: hvd.allreduce(t, op=hvd.Average), 2.0),
+        (lambda t: hvd.grouped_allreduce([t, 2 * t], op=hvd.Sum)[0], 2.0 * me.size),
+        (lambda t: hvd.broadcast(t, 1), 2.0 if me.rank == 1 else 0.0),
+        (hvd.alltoall, 2.0),
+        (lambda t: hvd.allgather(t)[: me.size], 2.0 if me.rank == 0 else 0.0),
+    ):
+        found = tf.function(lambda operation=operation: gradient(operation))()
+        np.testing.assert_allclose(found, np.full((me.size, 2), wanted), rtol=1e-6)
+
+
+@on_ranks(PAIRS)
 def test_rows_that_travel_carry_gradients_back(me: Rank) -> None:
     """Rank r sends r + 1 rows to each; what comes back is weighed by where it was."""
     size, mine = me.size, (me.rank + 1) * me.size

@@ -29,7 +29,11 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 SETTINGS = {"GOSSIP_HVD_STALL_WARNING": "3", "GOSSIP_HVD_STALL_TIMEOUT": "60"}
 KEEPALIVE = {"time": 5, "intvl": 2, "probes": 3}
-"""Open MPI's launcher finds out by TCP that a host is gone, by default after eight minutes."""
+"""Open MPI's launcher finds out by TCP that a silent host is gone, by default after minutes; ..."""
+
+RETRIES = 5
+"""... one that owes it an answer, when the kernel gives up sending: by default after 15 repeats, a
+quarter of an hour."""
 
 BIG = 600
 """Side of the model's matrix: 1.4 MB, half a second at a hundredth of 200 Mbit/s and more."""
@@ -38,6 +42,9 @@ BIG = 600
 @pytest.fixture(scope="module")
 def bed() -> Iterator[Testbed]:
     with Testbed(2, "200mbit", name="gflinks", network=77) as made:
+        for host in made.hosts:
+            command = ["sysctl", "-qw", f"net.ipv4.tcp_retries2={RETRIES}"]
+            subprocess.run(["ip", "netns", "exec", host, *command], check=True)
         yield made
 
 

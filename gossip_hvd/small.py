@@ -1,0 +1,79 @@
+"""Operations so small that their values travel inside the letters that agree on them.
+
+An all-reduce or a broadcast of a few numbers then costs one letter to rank 0 and one back: rank 0
+has all values when it knows that everybody has asked, and its answer holds the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from gossip_hvd.mixing import Array, dtype_of
+from gossip_hvd.reductions import combine, scale
+from gossip_hvd.requests import Request, Response
+
+FEW = 1024
+"""Bytes of an operation up to which it travels so; letters stay far below MPI's eager limit."""
+
+
+def nbytes(request: Request) -> int:
+    """Bytes of all tensors of an operation."""
+    return sum(
+        prod(shape) * dtype_of(dtype).itemsize
+        for shape, dtype in zip(request.shapes, request.dtypes, strict=True)
+    )
+
+
+def is_small(request: Request) -> bool:
+    """Whether an operation's values travel in letters; says the same on every rank."""
+    return request.kind in ("allreduce", "broadcast") and 0 < nbytes(request) <= FEW
+
+
+def packed(request: Request, inputs: Sequence[Array], rank: int) -> Request:
+    """A request with this rank's values, where they travel with it."""
+    if not is_small(request) or (request.kind == "broadcast" and request.root != rank):
+        return request
+    return replace(request, values=b"".join(array.tobytes() for array in inputs))
+
+
+def answered(response: Response, requests: Mapping[int, Request], size: int) -> Response:
+    """A response with the result, where all values have come with the requests.
+
+    Args:
+        response: as all agree.
+        requests: by world rank; a rank that has joined has none.
+        size: number of ranks of the process set, for means.
+    """
+    request = response.request
+    if response.error or not is_small(request):
+        return response
+    if request.kind == "broadcast":
+        return replace(response, values=requests[request.root].values)
+    rows = [list(_unpacked(request, requests[rank].values)) for rank in sorted(requests)]
+    results = []
+    for parts in zip(*rows, strict=True):
+        for part in parts:
+            scale(part, request.prescale)
+        combine(request.op, parts, parts[0])
+        scale(parts[0], request.postscale, size if request.op == "average" else 1)
+        results.append(parts[0].tobytes())
+    return replace(response, values=b"".join(results))
+
+
+def deliver(response: Response, outputs: Sequence[Array]) -> None:
+    """Write the result of a response where it was asked for."""
+    for target, values in zip(outputs, _unpacked(response.request, response.values), strict=True):
+        target[...] = values
+
+
+def _unpacked(request: Request, values: bytes) -> Iterator[Array]:
+    start = 0
+    for shape, name in zip(request.shapes, request.dtypes, strict=True):
+        dtype = dtype_of(name)
+        stop = start + prod(shape) * dtype.itemsize
+        yield np.frombuffer(values[start:stop], dtype).copy()
+        start = stop
