@@ -185,13 +185,14 @@ def test_gradients_flow_as_horovods_do(me: Rank) -> None:
 def test_gradients_in_a_graph_meet_on_ranks_that_have_built_other_things(me: Rank) -> None:
     for _ in range(3 * me.rank):
         tf.function(lambda: tf.ones([2]) + tf.ones([2]))()
-    x = tf.ones([me.size, 2])
+    # What a graph captures is named by a counter of the process, gradients of it likewise.
+    x, upstream = tf.ones([me.size, 2]), tf.fill([me.size, 2], 2.0)
 
     def gradient(operation):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = tf.reduce_sum(2.0 * operation(x))
-        return tape.gradient(y, x)
+            y = operation(x)
+        return tape.gradient(y, x, upstream)
 
     for operation, wanted in (
         (lambda t: hvd.allreduce(t, op=hvd.Average), 2.0),
