@@ -76,13 +76,14 @@ def number_in(directory: Path) -> int:
     return int(number)
 
 
-def test_what_is_saved_comes_back_and_the_last_ones_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [1, 2, 3, 5, 9])
+def test_what_is_saved_comes_back_and_the_last_ones_are_kept(tmp_path: Path, keep: int) -> None:
     assert newest(PARTY, tmp_path / "nowhere") is None
-    for number in range(5):
-        path = saved(tmp_path, number, keep=3)
+    for number in range(7):
+        path = saved(tmp_path, number, keep=keep)
         assert path == tmp_path / name_of(number)
         assert number_in(tmp_path) == number
-    assert folder.numbers(tmp_path) == [2, 3, 4]
+        assert folder.numbers(tmp_path) == [*range(7)][: number + 1][-keep:]
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", NODE]
 
 

@@ -131,7 +131,7 @@ def prune(directory: Path, newest: int, keep: int) -> None:
     """
     before = [n for n in numbers(directory) if n < newest]
     finished = [n for n in before if os.path.lexists(directory / name_of(n) / MANIFEST)]
-    kept = set(finished[len(finished) - (keep - 1) :])
+    kept = set(finished[max(0, len(finished) - (keep - 1)) :])
     for number in before:
         if number not in kept:
             remove(directory, number)
