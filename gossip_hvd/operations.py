@@ -37,10 +37,10 @@ from gossip_hvd.watch import Patience
 
 log = logging.getLogger("gossip_hvd")
 
-SPIN = 3e-4
+SPIN = 2e-3
 """Seconds for which the thread looks for news without a pause."""
 
-PAUSE = 2e-4
+PAUSE = 1e-4
 """Seconds between looks afterwards, and ..."""
 
 LONG_PAUSE = 1e-3
