@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +208,11 @@ def known(file: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, lines)
 
 
-def run(name: str, file: Path, only: Iterable[str], limit: float) -> None:
+def run(
+    name: str, file: Path, only: Iterable[str], limit: float, clip: float | None = None
+) -> None:
     """Make the missing runs of one task, one after the other, for about ``limit`` seconds."""
+    task = TASKS[name] if clip is None else replace(TASKS[name], clip=clip)
     torch.set_num_threads(1)
     hvd.init(node_size=1)
     until = time.monotonic() + limit
@@ -222,7 +225,7 @@ def run(name: str, file: Path, only: Iterable[str], limit: float) -> None:
             late = _mean(float(time.monotonic() > until)) > 0
             if (name, label, seed) in done or late:
                 continue
-            result = {"task": name, "run": label, "seed": seed, **train(TASKS[name], seed, options)}
+            result = {"task": name, "run": label, "seed": seed, **train(task, seed, options)}
             if hvd.rank() == 0:
                 with file.open("a") as log:
                     log.write(json.dumps(result) + "\n")
@@ -268,11 +271,12 @@ def main() -> None:
     parser.add_argument("--file", type=Path, required=True, help="one line of JSON a run")
     parser.add_argument("--only", nargs="+", default=[], help="names of runs")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds to go on for (300)")
+    parser.add_argument("--clip", type=float, help="largest norm of a gradient, not the task's")
     args = parser.parse_args()
     if args.what == "table":
         print(table(args.file))
     else:
-        run(args.what, args.file, args.only, args.limit)
+        run(args.what, args.file, args.only, args.limit, args.clip)
 
 
 if __name__ == "__main__":
