@@ -44,7 +44,9 @@ def main() -> int:
         for kind in ("idle", "busy", "transfers")
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{asked.save}.json").write_text(json.dumps(found) + "\n")
+    points = {kind: statistics.quantiles(times, n=100) for kind, times in found.items()}
+    kept = {"times": {kind: len(times) for kind, times in found.items()}, "percentiles": points}
+    (RESULTS / f"{asked.save}.json").write_text(json.dumps(kept, indent=1) + "\n")
     table = Table(title=f"all-reduce of 1 MB inside a node, {asked.hosts} hosts × 2 ranks")
     for column in ("", "times", "median ms", "99th percentile ms", "longest ms"):
         table.add_column(column, justify="right")
