@@ -148,7 +148,8 @@ def _draw_messages(axes: Any, profile: Profile) -> None:
                 f"{row.get('to', '?')}"
             )
             place += 1
-    axes.set_yticks(range(place), ticks, fontsize=7)
+    every = 1 + place // 24  # more names than that cannot be read
+    axes.set_yticks(range(0, place, every), ticks[::every], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("seconds since the step began")
     for color, name in ((OUT, "send: given to MPI … complete"), (IN, "receive: posted … complete")):
