@@ -36,7 +36,19 @@ def allreduce(
     """The reduction of a tensor, sparse slices included, over all ranks; arguments as Horovod's."""
     tensor = _tensor(tensor)
     if isinstance(tensor, tf.IndexedSlices):
-        return _sparse_allreduce(tensor, _op(op, average), compression, name, process_set)
+        op = _op(op, average)
+        if not horovod_answers(process_set):
+            return _sparse_allreduce(tensor, op, name)
+        return horovod.allreduce(
+            tensor,
+            device_dense=device_dense,
+            device_sparse=device_sparse,
+            compression=compression,
+            op=op,
+            prescale_factor=prescale_factor,
+            postscale_factor=postscale_factor,
+            **_called("allreduce", name, ignore_name_scope, process_set),
+        )
     return grouped_allreduce(
         [tensor],
         average,
@@ -52,13 +64,8 @@ def allreduce(
     )[0]
 
 
-def _sparse_allreduce(
-    slices: Any, op: Any, compression: Any, name: str | None, process_set: Any
-) -> Any:
-    """Every rank's slices behind each other; nobody needs their gradient."""
-    if horovod_answers(process_set):
-        called = _called("allreduce", name, False, process_set)
-        return horovod.allreduce(slices, compression=compression, op=op, **called)
+def _sparse_allreduce(slices: Any, op: Any, name: str | None) -> Any:
+    """Every rank's slices behind each other."""
     values, indices = grouped_allgather([slices.values, slices.indices], name=name)
     if op == horovod.Average:
         values /= tf.cast(session.current().world.size, values.dtype)
