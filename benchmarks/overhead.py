@@ -1,6 +1,6 @@
 """What gossip costs a step that is bound by computation: links are fast, all is on one machine.
 
-    python -m benchmarks.overhead [--ranks 2] [--node-size 1] [--steps 30] [--turns 5]
+    python -m benchmarks.overhead [--ranks 2] [--node-size 1] [--batch 2048] [--turns 7]
 
 The same model trains with a plain optimizer whose gradients Horovod averages over the node, and
 with each variant of ours. Variants take turns, some steps each, so that whatever else the machine
@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-BATCH, WIDTH, DEPTH = 512, 512, 4
+WIDTH, DEPTH = 512, 4
 VARIANTS = {
     "ours, all-reduce of the node only": {"method": "none"},
     "ours, crossover ATC": {"method": "crossover", "timing": "atc"},
@@ -38,21 +38,23 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--node-size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=30, help="of one turn")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=2048, help="samples a step: more compute")
+    parser.add_argument("--steps", type=int, default=10, help="of one turn")
+    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.inside:
-        measure(asked.steps, asked.turns)
+        measure(asked.batch, asked.steps, asked.turns)
         return
     command = ["mpirun", "-np", f"{asked.ranks}", "--bind-to", "none", "--oversubscribe"]
     command += [sys.executable, "-m", "benchmarks.overhead", "--inside"]
-    command += ["--steps", f"{asked.steps}", "--turns", f"{asked.turns}"]
+    for name in ("batch", "steps", "turns"):
+        command += [f"--{name}", f"{getattr(asked, name)}"]
     environ = {**os.environ, "GOSSIP_HVD_NODE_SIZE": f"{asked.node_size}", "OMP_NUM_THREADS": "1"}
     sys.exit(subprocess.run(command, env=environ, check=False).returncode)
 
 
-def measure(steps: int, turns: int) -> None:
+def measure(batch: int, steps: int, turns: int) -> None:
     """On every rank: run all variants in turn; rank 0 prints."""
     import horovod.torch as plain
 
@@ -60,9 +62,9 @@ def measure(steps: int, turns: int) -> None:
 
     torch.set_num_threads(1)
     hvd.init()
-    run = {"plain optimizer, Horovod in the node": trainer(plain.DistributedOptimizer, {})}
+    run = {"plain optimizer, Horovod in the node": trainer(plain.DistributedOptimizer, batch, {})}
     for title, options in VARIANTS.items():
-        run[title] = trainer(hvd.DistributedOptimizer, options)
+        run[title] = trainer(hvd.DistributedOptimizer, batch, options)
     times: dict[str, list[float]] = {title: [] for title in run}
     for turn in range(-1, turns):
         for title, train in run.items():
@@ -78,7 +80,7 @@ def measure(steps: int, turns: int) -> None:
 
 
 def trainer(
-    wrap: Callable[..., torch.optim.Optimizer], options: dict[str, str]
+    wrap: Callable[..., torch.optim.Optimizer], batch: int, options: dict[str, str]
 ) -> Callable[[int], None]:
     """Trains a model of its own for some steps, what is in flight included."""
     torch.manual_seed(0)
@@ -88,7 +90,7 @@ def trainer(
     model = torch.nn.Sequential(*layers)
     sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     optimizer = wrap(sgd, named_parameters=model.named_parameters(), **options)
-    x = torch.randn(BATCH, WIDTH)
+    x = torch.randn(batch, WIDTH)
 
     def train(steps: int) -> None:
         for _ in range(steps):

@@ -1,10 +1,10 @@
 """A training step with the wrapped optimizer against Horovod's own, in one job and by turns.
 
-    mpirun -np 2 --bind-to none python benchmarks/torch_overhead.py
+    mpirun -np 2 --bind-to none --oversubscribe python benchmarks/torch_overhead.py
 
-Each repeat trains the same model with plain Horovod, then with ``method="allreduce"`` of this
-library in each scope, on one machine; the figure is the median over repeats of the ratio of median
-step times within a repeat.
+In each scope the same model trains with plain Horovod and with ``method="allreduce"`` of this
+library, some steps each in turn, under one running Horovod. The figure is the median over turns of
+the ratio of their times within a turn.
 """
 
 from __future__ import annotations
@@ -22,76 +22,73 @@ import gossip_hvd.torch as ours
 from gossip_hvd.transport import mpi
 
 
-def model(layers: int, width: int) -> torch.nn.Module:
-    """``layers`` linear layers; 4 · layers · width² bytes."""
+def trainer(
+    wrap: Callable[..., torch.optim.Optimizer], asked: argparse.Namespace, options: dict[str, Any]
+) -> Callable[[], float]:
+    """Trains a model of its own for some steps; gives seconds a step on this rank.
+
+    The model has ``layers`` linear layers: 4 · layers · width² bytes.
+    """
     torch.manual_seed(0)
-    made: list[torch.nn.Module] = []
-    for _ in range(layers):
-        made += [torch.nn.Linear(width, width), torch.nn.ReLU()]
-    return torch.nn.Sequential(*made)
-
-
-def seconds(hvd: Any, asked: argparse.Namespace, options: dict[str, Any]) -> float:
-    """The median time of a step on this rank."""
-    net = model(asked.layers, asked.width)
-    optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(net.parameters(), lr=1e-3), net.named_parameters(), **options
-    )
+    layers: list[torch.nn.Module] = []
+    for _ in range(asked.layers):
+        layers += [torch.nn.Linear(asked.width, asked.width), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = wrap(sgd, named_parameters=model.named_parameters(), **options)
     x = torch.randn(asked.batch, asked.width)
-    times = []
-    for _ in range(asked.steps):
+
+    def train() -> float:
         started = time.perf_counter()
-        optimizer.zero_grad()
-        net(x).square().mean().backward()
-        optimizer.step()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[asked.steps // 4 :])
+        for _ in range(asked.steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        return (time.perf_counter() - started) / asked.steps
+
+    return train
+
+
+def compare(asked: argparse.Namespace) -> list[tuple[float, float]]:
+    """Seconds a step, Horovod's and ours, of every turn; both take turns at going first."""
+    theirs = trainer(horovod.DistributedOptimizer, asked, {})
+    mine = trainer(ours.DistributedOptimizer, asked, {"method": "allreduce"})
+    turns = []
+    for turn in range(-1, asked.turns):
+        found = {}
+        for train in (theirs, mine) if turn % 2 else (mine, theirs):
+            ours.barrier()
+            found[train] = train()
+        if turn >= 0:
+            turns.append((found[theirs], found[mine]))
+    return turns
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20, help="of one turn")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     comm = mpi.start().COMM_WORLD
-    whole = comm.Get_size()
-    starts: dict[str, tuple[Any, Callable[[], None], dict[str, Any]]] = {
-        "horovod": (horovod, lambda: horovod.init(comm=comm), {}),
-        "scope node": (
-            ours,
-            lambda: ours.init(horovod_scope="node", node_size=whole),
-            {"method": "allreduce"},
-        ),
-        "scope world": (
-            ours,
-            lambda: ours.init(horovod_scope="world", node_size=1),
-            {"method": "allreduce"},
-        ),
-    }
-    rows: list[dict[str, float]] = []
-    for _ in range(asked.repeats):
-        row = {}
-        for name, (hvd, start, options) in starts.items():
-            start()
-            row[name] = seconds(hvd, asked, options)
-            hvd.barrier()
-            hvd.shutdown()
-            comm.Barrier()
-        rows.append(row)
-    if comm.Get_rank():
-        return
-    print(f"{whole} ranks, {asked}: milliseconds a step (median), ratio to Horovod's")
-    for name in starts:
-        ratios = sorted(row[name] / row["horovod"] for row in rows)
-        print(
-            f"{name:>12} {statistics.median(row[name] for row in rows) * 1e3:8.3f}  "
-            f"{statistics.median(ratios):.3f}  ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        )
+    rank, whole = comm.Get_rank(), comm.Get_size()
+    if rank == 0:
+        print(f"{whole} ranks, {asked}: ms a step, Horovod's and ours; ratio, its quartiles")
+    # Scope world sees as many nodes as ranks, and Horovod sees all ranks in both.
+    for scope, node_size in (("node", whole), ("world", 1)):
+        ours.init(horovod_scope=scope, node_size=node_size)
+        turns = compare(asked)
+        ours.shutdown()
+        if rank == 0:
+            theirs, mine = (1e3 * statistics.median(times) for times in zip(*turns, strict=True))
+            low, median, high = statistics.quantiles([b / a for a, b in turns], n=4)
+            print(
+                f"scope {scope:5} {theirs:8.3f} {mine:8.3f}  {median:.3f} ({low:.3f} to {high:.3f})"
+            )
 
 
 if __name__ == "__main__":

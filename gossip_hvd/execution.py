@@ -62,7 +62,7 @@ class Executor:
         batch: list[Response] = []
         room = 0
         for response in responses:
-            size = nbytes(response.request)
+            size = sum(nbytes(response.request))
             if batch and size <= room and _alike(batch[-1], response):
                 batch.append(response)
                 room -= size

@@ -242,9 +242,11 @@ class Gossip:
     def stepped(self) -> None:
         """After the local step: run the rounds that are due."""
         self._run(self.engine.step())
-        terminator = self.session.watch.terminator
-        if terminator is not None and self._number == min(_running):
-            terminator.stepped()
+
+    def completed(self) -> None:
+        """The program's own step is complete: the place to leave, where all ranks were asked to."""
+        if self._number == min(_running):
+            self.session.terminator.stepped()
 
     def pay(self) -> None:
         """Run the round of a step that was skipped, by a loss scaler say; its peers wait for it."""

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -299,11 +299,20 @@ class Operations:
         for sentence in coordinator.warnings:
             log.warning("gossip_hvd: %s", sentence)
         coordinator.warnings.clear()
-        for rank, responses in coordinator.outgoing.items():
-            if responses and rank:
-                self._post.send(rank, encode_responses(responses))
-                responses.clear()
+        self._tell(coordinator.outgoing)
         return moved
+
+    def _tell(self, outgoing: Mapping[int, list[Response]]) -> None:
+        """Send every other rank what has been agreed; most are told the very same."""
+        letters: dict[tuple[int, ...], bytes] = {}
+        others = {rank: said for rank, said in outgoing.items() if said and rank != self.rank}
+        for rank, said in others.items():
+            same = tuple(map(id, said))
+            if same not in letters:
+                letters[same] = encode_responses(said)
+            self._post.send(rank, letters[same])
+        for said in others.values():
+            said.clear()
 
     def _obey(self) -> bool:
         """Carry out what has been agreed, in the order in which it was."""

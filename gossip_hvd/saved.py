@@ -164,13 +164,8 @@ def checked(plain: Any, engine: Engine) -> Saved:
         "nodes": nodes,
         "seed": engine.state.seed,
     }
-    for key, here in expected.items():
-        there = _take(plain, key, object)
-        if _text(there) != _text(here):
-            raise CheckpointError(
-                f"the saved state differs in its {key}: saved {_text(there):.300}, here "
-                f"{_text(here):.300}. {REMEDY}"
-            )
+    differs = "the saved state differs in its {key}: saved {there}, here {here}. " + REMEDY
+    _require_same(plain, expected, differs)
     number = _take(plain, "round", int)
     if not 0 <= number < LARGEST:
         raise CheckpointError(f"the saved state's round is {number}.")
@@ -188,6 +183,14 @@ def checked(plain: Any, engine: Engine) -> Saved:
         _arrays(plain, "replicas", seat.replicas) if own else {},
         _posted(plain, engine, number, state),
     )
+
+
+def _require_same(plain: Mapping[str, Any], expected: Mapping[str, Any], differs: str) -> None:
+    """Refuse another value than expected, in the words of ``differs``."""
+    for key, value in expected.items():
+        there, here = _text(_take(plain, key, object)), _text(value)
+        if there != here:
+            raise CheckpointError(differs.format(key=key, there=there[:300], here=here[:300]))
 
 
 def _own(plain: Mapping[str, Any], rank: int) -> bool:
@@ -253,13 +256,11 @@ def _posted(
         return None
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"the saved in_flight is a {_kind(entry)}.")
-    for key, here in _wire(engine).items():
-        there = _take(entry, key, object)
-        if _text(there) != _text(here):
-            raise CheckpointError(
-                f"an exchange was in flight with {key}={_text(there):.300}, here it is "
-                f"{_text(here):.300}. Use the same, or save with drain=True."
-            )
+    differs = (
+        "an exchange was in flight with {key}={there}, here it is {here}. Use the same, or save "
+        "with drain=True."
+    )
+    _require_same(entry, _wire(engine), differs)
     note = _take(entry, "note", list)
     after, method = restored(engine.state, state), engine.method
     plan = method.plan(after, max(0, number - 1), engine.seat.node)

@@ -21,6 +21,7 @@ from gossip_hvd.errors import ConfigError, unknown
 from gossip_hvd.node import Cluster
 from gossip_hvd.operations import Operations
 from gossip_hvd.settings import PREFIX, SCOPES, VARIABLES, refuse_unknown, setting
+from gossip_hvd.terminate import Terminator
 from gossip_hvd.transport import mpi
 from gossip_hvd.transport.mpi import Post, World
 from gossip_hvd.waits import Facts, waiting
@@ -93,6 +94,13 @@ class Session:
     def node_ranks(self) -> tuple[int, ...]:
         """World ranks of this rank's node."""
         return self.cluster.nodes[self.node]
+
+    @property
+    def terminator(self) -> Terminator:
+        """By which all ranks agree on their last step, once they are asked to end."""
+        terminator = self.watch.terminator
+        assert terminator is not None, "a session's watch is connected"
+        return terminator
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -196,8 +204,7 @@ def on_terminate(callback: Callable[[], None]) -> None:
     Args:
         callback: run after the last step, behind those given before.
     """
-    terminator = current().watch.terminator
-    assert terminator is not None, "a session's watch is connected"
+    terminator = current().terminator
     terminator.callbacks.append(callback)
     terminator.listen()
 

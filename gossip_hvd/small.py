@@ -20,17 +20,15 @@ FEW = 1024
 """Bytes of an operation up to which it travels so; letters stay far below MPI's eager limit."""
 
 
-def nbytes(request: Request) -> int:
-    """Bytes of all tensors of an operation."""
-    return sum(
-        prod(shape) * dtype_of(dtype).itemsize
-        for shape, dtype in zip(request.shapes, request.dtypes, strict=True)
-    )
+def nbytes(request: Request) -> list[int]:
+    """Bytes of each tensor of an operation."""
+    each = zip(request.shapes, request.dtypes, strict=True)
+    return [prod(shape) * dtype_of(dtype).itemsize for shape, dtype in each]
 
 
 def is_small(request: Request) -> bool:
     """Whether an operation's values travel in letters; says the same on every rank."""
-    return request.kind in ("allreduce", "broadcast") and 0 < nbytes(request) <= FEW
+    return request.kind in ("allreduce", "broadcast") and 0 < sum(nbytes(request)) <= FEW
 
 
 def packed(request: Request, inputs: Sequence[Array], rank: int) -> Request:
@@ -72,8 +70,6 @@ def deliver(response: Response, outputs: Sequence[Array]) -> None:
 
 def _unpacked(request: Request, values: bytes) -> Iterator[Array]:
     start = 0
-    for shape, name in zip(request.shapes, request.dtypes, strict=True):
-        dtype = dtype_of(name)
-        stop = start + prod(shape) * dtype.itemsize
-        yield np.frombuffer(values[start:stop], dtype).copy()
-        start = stop
+    for dtype, size in zip(request.dtypes, nbytes(request), strict=True):
+        yield np.frombuffer(values[start : start + size], dtype_of(dtype)).copy()
+        start += size

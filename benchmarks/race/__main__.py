@@ -102,7 +102,7 @@ def _attempt(race: Race, console: Console, name: str, run: Callable[[], None]) -
     try:
         run()
     except ContenderError as error:
-        race.failures.append((name, str(error)))
+        race.failures.append((name, str(error).partition("\n")[0]))
         console.print(f"{name} failed: {error}", style="red", markup=False, highlight=False)
 
 

@@ -257,7 +257,10 @@ def _threads() -> list[tuple[str, float]]:
     """Name and processor seconds of every thread so far."""
     tick, found = os.sysconf("SC_CLK_TCK"), []
     for task in sorted(Path("/proc/self/task").iterdir(), key=lambda p: int(p.name)):
-        name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        try:
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
         fields = rest.split()
         found.append((name, (int(fields[11]) + int(fields[12])) / tick))
     return found

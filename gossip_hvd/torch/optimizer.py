@@ -289,6 +289,7 @@ class TorchGossip(Gossip):
         if self._depth == 0:
             self._reduction.used()
             self.stepped()
+            self.completed()
 
     def _build(self) -> None:
         """Make layout, memory and engine for the parameters that want gradients now."""

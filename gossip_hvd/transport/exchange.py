@@ -105,7 +105,6 @@ class Exchange:
         turn = flight, stage
         self._unasked = _Flows(turn, coming, asking if gated else None)
         self._unsent = _Flows(turn, going, sending if gated else None)
-        self._missing = {"receive": len(coming), "send": len(going)}
         self._words = Counter(going if gated else ())
         self._asked_for: set[tuple[int, int]] = set()
         self._held: dict[tuple[int, int], Message] = {}
@@ -123,7 +122,7 @@ class Exchange:
         """Send these messages, each once its receiver has asked for it."""
         for message in messages:
             if not self._gated:
-                self._missing["send"] += 1
+                self._unsent.left += 1
                 self._send(message)
             elif (at := (message.peer, message.tag)) in self._asked_for:
                 self._asked_for.remove(at)
@@ -135,7 +134,7 @@ class Exchange:
     @property
     def done(self) -> bool:
         """True once nothing is outstanding."""
-        return not self._handles and not any(self._missing.values())
+        return not (self._handles or self._unasked.left or self._unsent.left)
 
     def poll(self) -> list[tuple[str, Message]]:
         """Move what can move; returns what has completed, as ("send" | "receive", message).
@@ -207,7 +206,6 @@ class Exchange:
             self._asked_for.add(at)
 
     def _completed(self, what: str, message: Message) -> None:
-        self._missing[what] -= 1
         (self._unasked if what == "receive" else self._unsent).over(message)
         past = {"send": "sent", "receive": "received"}[what]
         self._note(past, message)
@@ -246,15 +244,18 @@ class _Flows:
         turn: whose they are.
         peers: one entry a message that will be added.
         traffic: of their direction; None for no limit.
+
+    Attributes:
+        left: messages that have not come or gone.
     """
 
     def __init__(self, turn: Turn, peers: Iterable[int], traffic: Traffic | None) -> None:
         self._turn, self._traffic = turn, traffic
         counts = Counter(peers)
-        self._missing = counts.total()
-        self._parts = {peer: count / self._missing for peer, count in counts.items()}
+        self.left = counts.total()
+        self._parts = {peer: count / self.left for peer, count in counts.items()}
         self._queues: dict[int, deque[Message]] = {}
-        if traffic is not None and self._missing:
+        if traffic is not None and self.left:
             traffic.begin(turn)
 
     def add(self, message: Message) -> None:
@@ -269,11 +270,11 @@ class _Flows:
 
     def over(self, message: Message) -> None:
         """One that was let go has come or gone."""
+        self.left -= 1
         if self._traffic is None:
             return
         self._traffic.give_back(self._turn, message.peer, message.data.nbytes)
-        self._missing -= 1
-        if not self._missing:
+        if not self.left:
             self._traffic.end(self._turn)
 
     def waiting(self) -> list[Message]:

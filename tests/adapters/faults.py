@@ -240,6 +240,30 @@ FAULTS: tuple[Fault, ...] = (
         ranks=4,
     ),
     Fault(
+        "SIGTERM of one rank, all save under Keras's fit",
+        "import keras, numpy\n"
+        "import gossip_hvd.keras as hvd\n"
+        "class Term(keras.callbacks.Callback):\n"
+        "    def on_train_batch_begin(self, batch, logs=None):\n"
+        "        if hvd.rank() == 1 and batch == 20:\n"
+        "            kill(signal.SIGTERM)\n"
+        "class Checkpoint(hvd.callbacks.GossipCheckpoint):\n"
+        "    def save(self, epoch):\n"
+        "        super().save(epoch)\n"
+        "        step = int(self.model.optimizer.iterations.numpy())\n"
+        "        print('saved after', hvd.allgather_object(step), flush=True)\n"
+        "hvd.init(node_size=2)\n"
+        "model = keras.Sequential([keras.layers.Dense(1)])\n"
+        "model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), 'mse')\n"
+        "x = numpy.ones((20000, 3), 'float32')\n"
+        "model.fit(x, x[:, :1], batch_size=4, verbose=0,\n"
+        "          callbacks=[Term(), Checkpoint(os.environ['SAVED'], on_terminate=True)])",
+        (143,),
+        r"(?s)(saved after \[(\d+), \2, \2, \2\].*){4}",
+        ranks=4,
+        environ=NEVER | {"KERAS_BACKEND": "tensorflow", "SAVED": "{folder}/saved"},
+    ),
+    Fault(
         "SIGTERM of a rank that keeps records, deep in a wait",
         "train(4000, 20, lambda: (later(1, kill, signal.SIGTERM), time.sleep(30)), ranks=(0,))",
         (143,),

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-from collections import deque
 from typing import Any
 
 import torch
 
 import gossip_hvd
 import gossip_hvd.torch as hvd
+from benchmarks.race.events import keep, kept
 from benchmarks.race.model import Lane
 
 
@@ -27,23 +27,13 @@ optimizer = hvd.DistributedOptimizer(
     **lane.asked.options,
 )
 gossip: Any = optimizer.gossip  # type: ignore[attr-defined]
-if lane.asked.events:  # all of them, not the last few thousand
-    gossip.engine.seat.record.events = deque()
+if lane.asked.events:
+    keep(gossip)
 
 
 def update() -> None:
     optimizer.step()
     optimizer.zero_grad()
-
-
-def events() -> dict[str, Any]:
-    if not lane.asked.events:
-        return {}
-    seat = gossip.engine.seat
-    return {
-        "events": [tuple(event) for event in seat.record.events],
-        "cells": [[cell.start, cell.stop, cell.unit] for cell in seat.grid("segments").cells],
-    }
 
 
 lane.race(
@@ -52,6 +42,6 @@ lane.race(
     barrier=hvd.barrier,
     drain=gossip.drain,
     about={"gossip_hvd": gossip_hvd.__version__},
-    extra=events,
+    extra=lambda: kept(gossip) if lane.asked.events else {},
 )
 hvd.shutdown()

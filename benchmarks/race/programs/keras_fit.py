@@ -12,11 +12,13 @@ import tensorflow as tf
 
 import gossip_hvd
 import gossip_hvd.tensorflow.keras as hvd  # before Lane, which loads PyTorch
+from benchmarks.race.events import keep, kept
 from benchmarks.race.model import LAYERS, Lane
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="of DistributedOptimizer")
+    parser.add_argument("--events", action="store_true", help="keep the recorder's events")
 
 
 def asleep(seconds: float, x: Any) -> Any:
@@ -79,6 +81,10 @@ model = keras.Sequential([keras.layers.Input((1,)), *layers])
 optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1e-3), **lane.asked.options)
 model.compile(optimizer=optimizer, loss=lambda wanted, found: tf.reduce_mean(found))
 zeros = tf.data.Dataset.from_tensors((tf.zeros([1, 1]), tf.zeros([1, 1]))).repeat()
+# The tuner of tf.data wakes up once in 20 s by now, and the end of `fit` waits for it.
+calm = tf.data.Options()
+calm.autotune.enabled = False
+zeros = zeros.with_options(calm)
 
 
 def train(steps: Sequence[int]) -> None:
@@ -88,6 +94,8 @@ def train(steps: Sequence[int]) -> None:
 def drain() -> None:
     if optimizer.gossip.begun:
         optimizer.gossip.drain()
+        if lane.asked.events and not lane.marks[lane.asked.warm_up :]:
+            keep(optimizer.gossip)
 
 
 lane.time(
@@ -99,5 +107,6 @@ lane.time(
         "keras": keras.__version__,
         "tensorflow": tf.__version__,
     },
+    extra=lambda: kept(optimizer.gossip) if lane.asked.events else {},
 )
 hvd.shutdown()

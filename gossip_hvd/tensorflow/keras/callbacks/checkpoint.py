@@ -52,25 +52,60 @@ class GossipCheckpoint(Callback):
         every: epochs between checkpoints.
         keep: how many of the newest to keep.
         resume: whether to go on from the newest; ``fit`` then begins with the epoch after it.
+        on_terminate: whether to save and leave on SIGTERM, which batch systems send before they
+            end a job. Whichever ranks receive it, all stop after the same batch, save together
+            and leave with exit code 143. Going on from there begins the interrupted epoch again,
+            with the weights of its last step.
     """
 
     def __init__(
-        self, directory: str | Path, every: int = 1, keep: int = 2, resume: bool = True
+        self,
+        directory: str | Path,
+        every: int = 1,
+        keep: int = 2,
+        resume: bool = True,
+        *,
+        on_terminate: bool = False,
     ) -> None:
         super().__init__()
         if every < 1 or keep < 1:
             raise ConfigError(f"every={every}, keep={keep}: expected 1 or more of both.")
         self.directory, self.every, self.keep, self.resume = Path(directory), every, keep, resume
+        self.on_terminate = on_terminate
+        self._whole = -1
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Go on from the newest checkpoint, if there is one."""
         if self.resume:
             self.restore()
+        if self.on_terminate:
+            session.on_terminate(self._leave)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Know which epoch was the last whole one."""
+        self._whole = epoch - 1
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Save and leave, if all ranks were asked to.
+
+        Raises:
+            SystemExit: after the last batch.
+        """
+        if self.on_terminate:
+            session.current().terminator.stepped()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Save, if it is this epoch's turn."""
         if (epoch + 1) % self.every == 0:
             self.save(epoch)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Nothing is left to save before leaving."""
+        if self.on_terminate:
+            session.current().terminator.callbacks.remove(self._leave)
+
+    def _leave(self) -> None:
+        self.save(self._whole)
 
     def save(self, epoch: int) -> Path:
         """Write a checkpoint of the end of ``epoch``; all ranks must call.
