@@ -201,9 +201,10 @@ def broadcast_variables(
     Args:
         variables: the same on all ranks.
         root_rank: world rank that has the values to keep.
-        process_set: Horovod's argument; the whole world takes part.
+        process_set: Horovod's argument; refused, since the whole world takes part.
         inplace: Horovod's argument; variables are always overwritten.
     """
+    functions.require_everybody(process_set, "broadcast_variables")
     if tf.executing_eagerly():
         functions.broadcast_variables(variables, root_rank)
         return

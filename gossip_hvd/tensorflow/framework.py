@@ -170,7 +170,7 @@ def _groups(positions: Sequence[int], groups: int | tuple[tuple[Any, ...], ...])
 
 
 def _reduce(gradients: Sequence[Any], how: NodeAverage, name: str) -> list[Any]:
-    wide = [g if g.dtype in HOROVODS else tf.cast(g, tf.float32) for g in gradients]
+    wide = [_wide(g) for g in gradients]
     average = how.op == horovod.Average
     packed, contexts = zip(*(how.compression.compress(g) for g in wide), strict=True)
     arguments: dict[str, Any] = {
@@ -186,20 +186,31 @@ def _reduce(gradients: Sequence[Any], how: NodeAverage, name: str) -> list[Any]:
     else:
         reduced = horovod.grouped_allreduce(list(packed), **arguments)
     unpacked = map(how.compression.decompress, reduced, contexts)
-    return [tf.cast(r, g.dtype) for r, g in zip(unpacked, gradients, strict=True)]
+    return [_narrow(r, g.dtype) for r, g in zip(unpacked, gradients, strict=True)]
+
+
+def _wide(tensor: Any) -> Any:
+    """In a dtype that Horovod can reduce; a complex number as a pair."""
+    if tensor.dtype.is_complex:
+        return tf.bitcast(tensor, tensor.dtype.real_dtype)
+    return tensor if tensor.dtype in HOROVODS else tf.cast(tensor, tf.float32)
+
+
+def _narrow(tensor: Any, dtype: Any) -> Any:
+    """The inverse of ``_wide``."""
+    return tf.bitcast(tensor, dtype) if dtype.is_complex else tf.cast(tensor, dtype)
 
 
 def _gather_slices(gradient: Any, how: NodeAverage, number: int) -> Any:
     """Every rank's rows one behind the other; repeated rows are added when they are applied."""
     arguments = {"process_set": how.process_set, "ignore_name_scope": True}
     values = gradient.values
-    wide = values if values.dtype in HOROVODS else tf.cast(values, tf.float32)
     name = f"{how.prefix}_{number}"
-    gathered = horovod.allgather(wide, name=f"{name}_values", **arguments)
+    gathered = horovod.allgather(_wide(values), name=f"{name}_values", **arguments)
     indices = horovod.allgather(gradient.indices, name=f"{name}_indices", **arguments)
     if how.op == horovod.Average:
         gathered /= how.process_set.size()
-    return tf.IndexedSlices(tf.cast(gathered, values.dtype), indices, gradient.dense_shape)
+    return tf.IndexedSlices(_narrow(gathered, values.dtype), indices, gradient.dense_shape)
 
 
 def _scaled(gradient: Any, factor: float) -> Any:

@@ -25,15 +25,16 @@ def broadcast_variables(
     Args:
         variables: the same on all ranks.
         root_rank: world rank that has the values to keep.
-        process_set: Horovod's argument; the whole world takes part.
+        process_set: Horovod's argument; refused, since the whole world takes part.
         inplace: Horovod's argument; variables are always overwritten.
 
     Raises:
-        ConfigError: where shapes or dtypes differ between ranks.
+        ConfigError: where shapes, dtypes or roots differ between ranks.
     """
+    require_everybody(process_set, "broadcast_variables")
     variables = list(variables)
     world = session.current().world
-    facts: dict[str, object] = {"the number of variables": len(variables)}
+    facts: dict[str, object] = {"root_rank": root_rank, "the number of variables": len(variables)}
     for i, variable in enumerate(variables):
         facts[f"variable {i}"] = f"{tuple(variable.shape)} {_name(variable.dtype)}"
     require_agreement(world, "broadcast_variables", facts)
@@ -42,6 +43,19 @@ def broadcast_variables(
         values = np.array(_values(variable), copy=True, order="C")
         world.broadcast(values.reshape(-1).view(np.uint8), root_rank, "broadcast_variables")
         variable.assign(values)
+
+
+def require_everybody(process_set: Any, what: str) -> None:
+    """Refuse a process set where the whole world takes part; others would wait for ever.
+
+    Raises:
+        ConfigError: says what to do instead.
+    """
+    if getattr(process_set, "process_set_id", 0):
+        raise ConfigError(
+            f"{what}: process_set={process_set}: here all ranks take part. Use Horovod's own "
+            f"{what} for a process set, in scope 'world'."
+        )
 
 
 def settle() -> None:
@@ -101,6 +115,7 @@ def broadcast_object(
     process_set: Any = None,
 ) -> T:
     """The object of world rank ``root_rank``; pickled, so trust the ranks of your job."""
+    require_everybody(process_set, "broadcast_object")
     world = _world()
     mine = world.rank == root_rank
     data = cloudpickle.dumps(obj) if mine else b""
@@ -116,19 +131,21 @@ def broadcast_object_fn(
     root_rank: int = 0, session: Any = None, name: str | None = None, process_set: Any = None
 ) -> Callable[[Any], Any]:
     """``broadcast_object`` for one root, as Horovod's estimators ask for it."""
-    return lambda obj: broadcast_object(obj, root_rank)
+    return lambda obj: broadcast_object(obj, root_rank, process_set=process_set)
 
 
 def allgather_object(
     obj: T, session: Any = None, name: str | None = None, process_set: Any = None
 ) -> list[T]:
     """Every rank's object, by rank; pickled, so trust the ranks of your job."""
+    require_everybody(process_set, "allgather_object")
     gathered = _world().allgather(cloudpickle.dumps(obj), "allgather_object")
     return [cloudpickle.loads(data) for data in gathered]
 
 
 def barrier(process_set: Any = None) -> None:
     """Return when every rank of the world has come here, or has joined."""
+    require_everybody(process_set, "barrier")
     session.current().operations.submit("barrier", None).wait()
 
 
@@ -137,10 +154,7 @@ def join(device: int = -1) -> int:
 
     Gradients and rounds of gossip know nothing of it: train equally many steps on all ranks.
     """
-    handle = session.current().operations.submit("join", "join")
-    handle.wait()
-    assert handle.response is not None
-    return handle.response.rows[0][0]
+    return session.current().operations.join(lambda _: None)[-1]
 
 
 def _world() -> Any:

@@ -6,9 +6,11 @@ is found while the graph is traced, because several may run at once.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import horovod.tensorflow as horovod
 import numpy as np
@@ -26,20 +28,27 @@ OPS = {
     horovod.Product: "product",
 }
 
-_traced: Counter[tuple[str, int]] = Counter()
+_traced: WeakKeyDictionary[Any, Counter[tuple[str, int]]] = WeakKeyDictionary()
 
 
 def traced_name(kind: str, members: int = 0) -> str:
-    """A name for an operation in a graph: its number in the order of tracing.
+    """A name for an operation in a graph: that of the ``tf.function``, and a number in it.
 
-    Tensors have names too, but ranks that have built different things before give them others.
+    So it does not matter what else a rank has traced, or how often, for a batch of another shape
+    say. Tensors have names too, but ranks that have built different things before give them others.
 
     Args:
         kind: of the operation.
         members: the number of its process set, since others do not trace it.
     """
-    _traced[kind, members] += 1
-    return f"{kind}.traced.{members}.{_traced[kind, members]}"
+    graph = tf.compat.v1.get_default_graph()
+    while (outer := getattr(graph, "outer_graph", None)) is not None and outer.building_function:
+        graph = outer
+    numbers = _traced.setdefault(graph, Counter())
+    numbers[kind, members] += 1
+    # TensorFlow ends the names of some functions with a number of its own.
+    function = re.sub(r"_\d+$", "", getattr(graph, "name", ""))
+    return f"{kind}.traced.{members}.{function}.{numbers[kind, members]}"
 
 
 def horovod_answers(process_set: Any) -> bool:

@@ -18,8 +18,10 @@ import tensorflow as tf
 
 from gossip_hvd import session
 from gossip_hvd.blocks import Segments
+from gossip_hvd.errors import ConfigError
 from gossip_hvd.methods import Method, method_of
 from gossip_hvd.options import EngineOptions
+from gossip_hvd.rounds import MOMENTUM, VARIANCE
 from gossip_hvd.settings import setting
 from gossip_hvd.tensorflow.framework import TensorFlow
 from gossip_hvd.tensorflow.keras.arguments import node_average
@@ -79,6 +81,15 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
     )
     engine = EngineOptions.take(options)
     chosen = method_of(setting("METHOD", method), EngineOptions.names(), **options)
+    if (
+        chosen.needs_rate
+        or chosen.needs_loss
+        or {MOMENTUM, VARIANCE} & {*chosen.reads, *chosen.writes}
+    ):
+        raise ConfigError(
+            f"method {chosen.name!r} needs the learning rate, the loss or the optimizer's history, "
+            "and a tape sees none of them: use DistributedOptimizer."
+        )
     gradtape.__class__ = _distributed(type(gradtape))  # type: ignore[arg-type]
 
     def make() -> VariablesGossip:

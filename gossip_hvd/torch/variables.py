@@ -117,7 +117,8 @@ def native(variable: Any) -> torch.Tensor:
 
 
 def _reduce(gradients: Sequence[torch.Tensor], how: NodeAverage) -> list[torch.Tensor]:
-    wide = [g if g.dtype in NATIVE else g.float() for g in gradients]
+    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+    wide = [g if g.dtype in NATIVE else g.float() for g in real]
     average = how.op == horovod.Average
     packed, contexts = zip(*(how.compression.compress(g) for g in wide), strict=True)
     reduced = horovod.grouped_allreduce(
@@ -129,4 +130,7 @@ def _reduce(gradients: Sequence[torch.Tensor], how: NodeAverage) -> list[torch.T
         name=how.prefix,
     )
     unpacked = map(how.compression.decompress, reduced, contexts)
-    return [r.to(g.dtype) for r, g in zip(unpacked, gradients, strict=True)]
+    return [
+        torch.view_as_complex(r) if g.is_complex() else r.to(g.dtype)
+        for r, g in zip(unpacked, gradients, strict=True)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import keras
@@ -293,6 +294,7 @@ def check_going_on(me: Rank, **options) -> None:
             x, y, batch_size=8, epochs=epochs, verbose=0, shuffle=False, callbacks=[checkpoint]
         )
         assert optimizer.gossip.round == 4 * epochs
+        assert not model._initial_epoch  # another fit begins with its first epoch
         return values(model)
 
     whole = run(4, folder / "whole")
@@ -324,6 +326,64 @@ def test_other_nodes_go_on_from_the_mean(me: Rank) -> None:
     assert checkpoint.restore() is not None
     np.testing.assert_allclose(values(again), np.mean(replicas, axis=0), atol=1e-7)
     assert again._initial_epoch == 1
+
+
+@on_ranks(on(BOTH, [Job(2)]), bare=True)
+def test_a_signal_saves_and_the_interrupted_epoch_begins_again(me: Rank) -> None:
+    folder = shared(me, "signal")
+
+    class Term(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None) -> None:
+            if epoch == 1 and me.rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    hvd.init(node_size=1)
+    model = compiled(sgd())
+    x, y = data(me.rank)
+    leaving = hvd.callbacks.GossipCheckpoint(folder, every=10**6, on_terminate=True)
+    with pytest.raises(SystemExit) as left:
+        model.fit(x, y, batch_size=8, epochs=10**5, verbose=0, callbacks=[Term(), leaving])
+    assert left.value.code == 143
+    steps = me.gather(int(keras.ops.convert_to_numpy(model.optimizer.iterations)))
+    assert len(set(steps)) == 1
+    held = values(model)
+    hvd.shutdown()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    hvd.init(node_size=1)
+    checkpoint = hvd.callbacks.GossipCheckpoint(folder, on_terminate=True)
+    again = compiled(sgd())
+    checkpoint.set_model(again)
+    assert checkpoint.restore() is not None
+    np.testing.assert_array_equal(values(again), held)
+    assert again._initial_epoch == (steps[0] - 1) // 4
+    # Whoever had the signal before training has it again afterwards.
+    before = signal.getsignal(signal.SIGTERM)
+    last = again._initial_epoch + 2
+    again.fit(x, y, batch_size=8, epochs=last, verbose=0, callbacks=[checkpoint])
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@on_ranks(FOUR)
+def test_validating_the_merged_model_leaves_no_trace(me: Rank) -> None:
+    class Look(keras.callbacks.Callback):
+        def on_train_end(self, logs=None) -> None:
+            self.seen = values(self.model)
+
+    def run(*callbacks, **options) -> np.ndarray:
+        look = Look()
+        model = compiled(sgd(**options))
+        x, y = data(me.rank)
+        some = {"validation_data": data(77), "callbacks": [look, *callbacks], "shuffle": False}
+        model.fit(x, y, batch_size=8, epochs=3, verbose=0, **some)
+        return look.seen
+
+    for method in ("crossover", "sgp"):
+        keras.utils.set_random_seed(3)
+        plain = run(method=method)
+        keras.utils.set_random_seed(3)
+        merging = hvd.callbacks.GossipCallback(merge=1, restore=True)
+        np.testing.assert_array_equal(run(merging, method=method), plain)
 
 
 @on_ranks(on(("tensorflow",), [Job(2)]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 
 import keras
@@ -196,6 +198,44 @@ def test_settings_of_the_optimizer_hold(me: Rank) -> None:
         model = trained(me, hvd.DistributedOptimizer(plain), small())
         assert_nodes_agree(me, model)
         assert model.optimizer.gossip.round == 4, name
+        again = type(plain).from_config(plain.get_config())
+        alone = trained(me, hvd.DistributedOptimizer(again, method="none"), small())
+        alike = type(plain).from_config(plain.get_config())
+        np.testing.assert_allclose(
+            values(alone), values(by_the_whole_node(me, alike)), atol=1e-6, err_msg=name
+        )
+
+
+def by_the_whole_node(me: Rank, optimizer):
+    """A model that one process trains with plain Keras on the batches of all ranks of its node."""
+    (ranks,) = (ranks for ranks in me.nodes if me.rank in ranks)
+    columns = zip(*(data(rank) for rank in ranks), strict=True)
+    x, y = (
+        np.concatenate([np.reshape(part, (4, 8, *np.shape(part)[1:])) for part in parts], axis=1)
+        for parts in columns
+    )
+    model = compiled(optimizer, small())
+    size = x.shape[1]
+    x, y = (all_.reshape(-1, *all_.shape[2:]) for all_ in (x, y))
+    model.fit(x, y, batch_size=size, verbose=0, shuffle=False)
+    return model
+
+
+@on_ranks(ONE_SCOPE)
+def test_horovods_arguments_of_the_average_hold(me: Rank) -> None:
+    def run(rate: float = 0.1, **arguments) -> np.ndarray:
+        plain = keras.optimizers.SGD(rate)
+        return values(trained(me, hvd.DistributedOptimizer(plain, method="none", **arguments)))
+
+    means = run()
+    for arguments in ({"num_groups": 2}, {"groups": 2}, {"gradient_predivide_factor": 2.0}):
+        np.testing.assert_allclose(run(**arguments), means, atol=1e-6)
+    np.testing.assert_allclose(run(0.05, op=hvd.Sum), means, atol=1e-6)
+    rounded = run(compression=hvd.Compression.fp16)
+    np.testing.assert_allclose(rounded, means, atol=1e-3)
+    assert not np.array_equal(rounded, means)
+    renamed = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), name="another")
+    assert renamed.name == "another"
 
 
 @on_ranks(ONE_SCOPE)
@@ -230,6 +270,22 @@ def test_accumulated_gradients_are_reduced_once(me: Rank) -> None:
         me, hvd.DistributedOptimizer(keras.optimizers.SGD(0.05), backward_passes_per_step=2)
     )
     np.testing.assert_allclose(values(added), values(model), atol=1e-6)
+
+
+@on_ranks(ONE_SCOPE)
+def test_passes_are_added_inside_loss_scaling_too(me: Rank) -> None:
+    """The loss's scale is a power of two, and costs no bit."""
+
+    def run(wrapped) -> np.ndarray:
+        options = {"backward_passes_per_step": 2, "method": "none"}
+        return values(trained(me, hvd.DistributedOptimizer(wrapped, **options)))
+
+    plain = run(keras.optimizers.SGD(0.05))
+    scaled = run(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05)))
+    np.testing.assert_allclose(scaled, plain, atol=1e-6)
+    several = keras.optimizers.MultiOptimizer(lambda v: keras.optimizers.SGD(0.1))
+    with pytest.raises(ConfigError, match="MultiOptimizer does not accumulate"):
+        hvd.DistributedOptimizer(several, backward_passes_per_step=2)
 
 
 @on_ranks(ONE_SCOPE)
@@ -445,7 +501,6 @@ def test_xla_is_refused_with_a_sentence(me: Rank) -> None:
     again = compiled(sgd(), jit_compile=True)
     said = Lines()
     logging.getLogger("gossip_hvd").addHandler(said)
-    logging.getLogger("gossip_hvd").setLevel(logging.INFO)
     callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.GossipCallback()]
     again.fit(*data(me.rank), verbose=0, callbacks=callbacks)
     logging.getLogger("gossip_hvd").removeHandler(said)
@@ -461,6 +516,20 @@ def test_saved_models_know_nothing_of_us_and_load_distributed(me: Rank) -> None:
     model.save(path)
     plain = keras.saving.load_model(path)
     assert "gossip" not in vars(plain.optimizer)
+    if me.rank == 0:
+        program = (
+            f"import sys, keras\nloaded = keras.saving.load_model({path!r})\n"
+            "print(type(loaded.optimizer).__name__)\n"
+            "assert not any('gossip_hvd' in name for name in sys.modules)"
+        )
+        elsewhere = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert elsewhere.stdout.strip() == "Adam", elsewhere.stderr
 
     assert int(plain.optimizer.iterations.numpy()) == 4
     again = hvd.load_model(path, method="gossip")

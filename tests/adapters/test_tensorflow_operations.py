@@ -96,11 +96,55 @@ def test_ranks_that_name_tensors_differently_meet_in_a_graph(me: Rank) -> None:
 
 
 @on_ranks(PAIRS)
+def test_a_rank_that_traces_once_more_meets_the_others(me: Rank) -> None:
+    @tf.function
+    def step(batch):
+        return hvd.allreduce(tf.reduce_sum(batch), op=hvd.Sum)
+
+    assert float(step(tf.ones([2]))) == 2 * me.size
+    # The last batch of one rank is larger: only it traces again.
+    assert float(step(tf.ones([2 + (me.rank == 1)]))) == 2 * me.size + 1
+    assert float(step(tf.ones([2]))) == 2 * me.size
+
+
+@on_ranks(PAIRS)
+def test_complex_gradients_are_averaged_whole(me: Rank) -> None:
+    variable = tf.Variable(tf.constant([1 + 2j, 3 - 1j], tf.complex64))
+
+    def gradient(wrap):
+        with tf.GradientTape() as tape:
+            loss = tf.math.real(tf.reduce_sum(variable * tf.constant([1j * me.rank, 2 + me.rank])))
+        return wrap(tape).gradient(loss, [variable])[0].numpy()
+
+    every = me.gather(gradient(lambda tape: tape))
+    mine = next(ranks for ranks in me.nodes if me.rank in ranks)
+    found = gradient(lambda tape: hvd.DistributedGradientTape(tape, method="none"))
+    np.testing.assert_allclose(found, np.mean([every[rank] for rank in mine], axis=0))
+    assert np.abs(found.imag).max() > 0
+
+
+@on_ranks(PAIRS)
 def test_who_is_who_in_a_graph(me: Rank) -> None:
     asked = tf.function(lambda: [hvd.rank_op(), hvd.size_op(), hvd.process_set_included_op()])()
     assert [int(number) for number in asked] == [me.rank, me.size, 1]
     assert (int(hvd.local_rank_op()), int(hvd.local_size_op())) == (me.rank, me.size)
     assert hvd.is_homogeneous()
+
+
+@on_ranks(PAIRS)
+def test_numpys_numbers_are_numbers(me: Rank) -> None:
+    factors = {"prescale_factor": np.float32(0.5), "postscale_factor": np.float64(4)}
+    mine = tf.constant([float(me.rank)])
+    total = hvd.allreduce(mine, op=hvd.Sum, **factors)
+    np.testing.assert_array_equal(total, [2.0 * sum(range(me.size))])
+    np.testing.assert_array_equal(hvd.broadcast(mine, np.int64(2)), [2.0])
+
+
+@on_ranks([PAIRS[0]])
+def test_who_has_joined_is_not_waited_for(me: Rank) -> None:
+    if me.rank == 1:
+        np.testing.assert_array_equal(hvd.allreduce(tf.ones([1]), op=hvd.Sum), [1.0])
+    assert hvd.join() == 1
 
 
 @on_ranks([PAIRS[0]])
@@ -121,6 +165,8 @@ def test_process_sets_come_and_go_in_scope_world(me: Rank) -> None:
     if included:
         total = hvd.allreduce(tf.constant([float(me.rank)]), op=hvd.Sum, process_set=some)
         np.testing.assert_array_equal(total, [3.0])
+    with pytest.raises(ConfigError, match="all ranks take part"):
+        hvd.broadcast_object(0, process_set=some)
     assert hvd.remove_process_set(some)
 
 
@@ -324,6 +370,13 @@ def test_tape_and_optimizer_together_are_refused(me: Rank) -> None:
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     with pytest.raises(ConfigError, match="Use one of them"):
         loop(me, optimizer, graph=False, tape=True)
+
+
+@on_ranks([PAIRS[0]])
+def test_a_tape_refuses_methods_that_must_see_more(me: Rank) -> None:
+    for method in ("slowmo", "gossip_aga", "averaged_momentum"):
+        with pytest.raises(ConfigError, match="a tape sees none of them"):
+            hvd.DistributedGradientTape(tf.GradientTape(), method=method)
 
 
 @on_ranks([PAIRS[0]])

@@ -70,6 +70,13 @@ def accumulate(optimizer: Any, passes: int) -> None:
     """
     if passes == 1:
         return
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ConfigError(
+            f"backward_passes_per_step={passes}: a MultiOptimizer does not accumulate; give its "
+            "optimizers gradient_accumulation_steps."
+        )
+    # A LossScaleOptimizer hands every gradient on.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     said = optimizer.gradient_accumulation_steps
     if said not in (None, passes):
         raise ConfigError(

@@ -8,6 +8,7 @@ import keras
 
 from gossip_hvd import session
 from gossip_hvd.errors import ConfigError
+from gossip_hvd.tensorflow.keras.callbacks.contract import keep_outside_xla
 
 
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
@@ -46,6 +47,11 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc
             save_freq=save_freq,
         )
         self.filepath = filepath
+
+    def set_model(self, model: Any) -> None:
+        """Keras's ``set_model``, which comes before the training step is traced."""
+        super().set_model(model)
+        keep_outside_xla(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Refuse to begin without a place to save to."""

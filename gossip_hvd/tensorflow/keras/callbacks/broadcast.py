@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from gossip_hvd.tensorflow.functions import broadcast_variables
@@ -25,7 +24,8 @@ class BroadcastGlobalVariablesCallback(Callback):
         super().__init__()
         self.root_rank = root_rank
         self.broadcast_done = False
-        single = local_variables is not None and not isinstance(local_variables, Iterable)
+        # Not by Iterable: a TensorFlow variable is one, of its rows.
+        single = hasattr(local_variables, "assign")
         self._local = [local_variables] if single else list(local_variables or ())
 
     def register_local_var(self, var: Any) -> None:

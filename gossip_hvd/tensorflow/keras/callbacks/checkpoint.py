@@ -82,7 +82,7 @@ class GossipCheckpoint(Callback):
             session.on_terminate(self._leave)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Know which epoch was the last whole one."""
+        """Know which epoch was the last whole one, if this one is interrupted."""
         self._whole = epoch - 1
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -96,13 +96,22 @@ class GossipCheckpoint(Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Save, if it is this epoch's turn."""
+        self._whole = epoch
         if (epoch + 1) % self.every == 0:
             self.save(epoch)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Nothing is left to save before leaving."""
+        """The end counts as a step: a signal in the last one is still heeded.
+
+        Raises:
+            SystemExit: as ``on_train_batch_end``.
+        """
+        # Keras would begin the next fit with this epoch too.
+        self.model._initial_epoch = None
         if self.on_terminate:
-            session.current().terminator.callbacks.remove(self._leave)
+            terminator = session.current().terminator
+            terminator.stepped()
+            terminator.forget(self._leave)
 
     def _leave(self) -> None:
         self.save(self._whole)

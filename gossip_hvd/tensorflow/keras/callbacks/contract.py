@@ -16,16 +16,21 @@ class Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def set_model(self, model: Any) -> None:
         """Keras's ``set_model``, which comes before the training step is traced."""
         super().set_model(model)
-        if keras.backend.backend() == "tensorflow" and model.jit_compile:
-            log.info(
-                "gossip_hvd: jit_compile is set to False: XLA cannot compile a training step "
-                "that exchanges gradients and weights with other ranks."
-            )
-            model.jit_compile = False
-            model.train_function = None
+        keep_outside_xla(model)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Nothing to do; that it is here keeps Keras from calling batches' ends out of order."""
+
+
+def keep_outside_xla(model: Any) -> None:
+    """Set ``jit_compile`` to False, and say so, where it is not yet."""
+    if keras.backend.backend() == "tensorflow" and model.jit_compile:
+        log.warning(
+            "gossip_hvd: jit_compile is set to False: XLA cannot compile a training step "
+            "that exchanges gradients and weights with other ranks."
+        )
+        model.jit_compile = False
+        model.train_function = None
 
 
 def gossip_of(model: Any) -> Any:

@@ -40,7 +40,7 @@ class GossipCallback(Callback):
             raise ConfigError(f"merge={merge!r}: expected 'end', a number of epochs, or None.")
         self.merge, self.restore, self.distance = merge, restore, distance
         self._epoch: int | None = None
-        self._kept: list[Any] | None = None
+        self._kept: tuple[list[Any], Any] | None = None
         self._before = (0, 0, 0.0)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -55,13 +55,16 @@ class GossipCallback(Callback):
             self._measure()
             if self.restore:
                 self.model.optimizer.gossip.drain()
-                self._kept = [np.array(v.numpy()) for v in self.model.weights]
+                # With the method's numbers, such as push-sum's weight, which a mean levels.
+                state = self.model.optimizer.gossip.engine.state
+                self._kept = [np.array(v.numpy()) for v in self.model.weights], state
             average_variables(self.model.weights)
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         """Let replicas go on from where they were."""
         if self._kept is not None:
-            for variable, values in zip(self.model.weights, self._kept, strict=True):
+            kept, self.model.optimizer.gossip.engine.state = self._kept
+            for variable, values in zip(self.model.weights, kept, strict=True):
                 variable.assign(values)
             self._kept = None
 
