@@ -236,7 +236,8 @@ class Gossip:
             self._run(self.engine.step())
             return
         # Not before backward: autograd would not notice that weights changed under it.
-        self.pay()
+        if self.pay():
+            self.completed()
         self.engine.reduced()
 
     def stepped(self) -> None:
@@ -244,14 +245,19 @@ class Gossip:
         self._run(self.engine.step())
 
     def completed(self) -> None:
-        """The program's own step is complete: the place to leave, where all ranks were asked to."""
-        if self._number == min(_running):
-            self.session.terminator.stepped()
+        """An optimizer's step is over: the place to leave, where all ranks were asked to."""
+        self.session.terminator.stepped()
 
-    def pay(self) -> None:
-        """Run the round of a step that was skipped, by a loss scaler say; its peers wait for it."""
-        if self.engine.owed > self.options.staleness:
+    def pay(self) -> bool:
+        """Run the round of a step that was skipped, by a loss scaler say; its peers wait for it.
+
+        Returns:
+            Whether there was one.
+        """
+        skipped = self.engine.owed > self.options.staleness
+        if skipped:
             self._run(self.engine.step())
+        return skipped
 
     def close(self) -> None:
         """Finish every round and stop; all ranks must call."""
@@ -260,6 +266,11 @@ class Gossip:
 
     def _run(self, steps: Steps) -> None:
         drive(steps)
+
+
+def forget(number: int) -> None:
+    """The gossip of this number is not in use any more, whoever may still hold it."""
+    _running.pop(number, None)
 
 
 def running() -> Iterator[Gossip]:

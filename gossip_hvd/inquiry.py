@@ -47,9 +47,14 @@ class Inquiry:
         peer = self._peers.setdefault(rank, _Peer(now, now))
         peer.heard, peer.said = now, said
 
-    def held(self, rank: int, now: float) -> bool:
-        """Whether a debugger holds that rank, or one that it waits for."""
-        return bool(self._said(rank, now).get("held"))
+    def holder(self, rank: int, now: float) -> int:
+        """Whom that rank knows to be held by a debugger, itself perhaps; -1 where nobody."""
+        found = self._said(rank, now).get("holder")
+        return found if isinstance(found, int) else -1
+
+    def paused(self, rank: int, now: float) -> bool:
+        """Whether that rank itself says that a debugger holds it."""
+        return bool(self._said(rank, now).get("state") == "paused")
 
     def all_wait(self, ranks: Iterable[int], now: float) -> bool:
         """Whether each of these ranks says that it waits too, so that others know more."""

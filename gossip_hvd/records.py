@@ -96,8 +96,11 @@ def write_record(folder: Path, record: Record, events: Iterable[Event]) -> Path:
     head = {k: v for k, v in asdict(record).items() if k != "events"}
     lines = [json.dumps({"format": FORMAT, "version": VERSION, **head})]
     lines += [json.dumps([round(event.time, 6), *event[1:]]) for event in events]
+    draft.unlink(missing_ok=True)
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        # A file of our own, through nobody's link.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(draft, flags, 0o600), "w") as file:
             file.write("\n".join(lines) + "\n")
         draft.replace(path)
     except BaseException:

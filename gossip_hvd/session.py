@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,9 @@ class Session:
     def patient(self) -> Iterator[None]:
         """Within it, a wait may take as long as one at the end of the job, for a disk say."""
         before = self.watch.patience
-        self.watch.patience = replace(before, stop_after=setting("SHUTDOWN_TIMEOUT"))
+        self.watch.patience = replace(
+            before, stop_after=max(before.stop_after, setting("SHUTDOWN_TIMEOUT"))
+        )
         try:
             yield
         finally:
@@ -188,8 +191,8 @@ def init(
         _start_horovod(_session, framework, hvd, process_sets)
         # Ends are called last in, first out: ours, which waits for all, before Horovod's own,
         # which init has just registered and which stops every rank of its world.
-        atexit.unregister(shutdown)
-        atexit.register(shutdown)
+        atexit.unregister(_shutdown_at_exit)
+        atexit.register(_shutdown_at_exit)
 
 
 def on_terminate(callback: Callable[[], None]) -> None:
@@ -204,9 +207,7 @@ def on_terminate(callback: Callable[[], None]) -> None:
     Args:
         callback: run after the last step, behind those given before.
     """
-    terminator = current().terminator
-    terminator.callbacks.append(callback)
-    terminator.listen()
+    current().terminator.listen(callback)
 
 
 def shutdown() -> None:
@@ -215,12 +216,13 @@ def shutdown() -> None:
     session, _session = _session, None
     if session is None:
         return
-    atexit.unregister(shutdown)
+    atexit.unregister(_shutdown_at_exit)
     # Another rank may still evaluate or save for long: wait with patience. Rounds that this rank
     # owes come first, since others may be waiting for them before they come here.
     with session.patient():
         for closer in session.closers:
             closer()
+        session.terminator.close()
         session.watch.left = True
         session.world.barrier("shutdown")
         session.operations.close()
@@ -232,6 +234,14 @@ def shutdown() -> None:
     session.letters.free()
     session.node_comm.Free()
     session.world.free()
+
+
+def _shutdown_at_exit() -> None:
+    """``shutdown``; an error ends the job, where Python itself would only print it."""
+    try:
+        shutdown()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
 
 
 def _start(arguments: dict[str, Any]) -> Session:

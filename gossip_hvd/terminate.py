@@ -48,10 +48,26 @@ class Terminator:
         self._named: int | None = None
         self._until: int | None = None
         self._moving = threading.Lock()
+        self._before: Any = None
 
-    def listen(self) -> None:
-        """Take SIGTERM; in the main thread."""
-        signal.signal(signal.SIGTERM, self._signalled)
+    def listen(self, callback: Callable[[], None]) -> None:
+        """Take SIGTERM; ``callback`` runs after the last step. In the main thread."""
+        if not self.callbacks:
+            self._before = signal.signal(signal.SIGTERM, self._signalled)
+        if callback not in self.callbacks:
+            self.callbacks.append(callback)
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Leave SIGTERM to whoever had it before, once no callback is left; in the main thread."""
+        self.callbacks.remove(callback)
+        if not self.callbacks:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def close(self) -> None:
+        """Leave SIGTERM to whoever had it before; in the main thread."""
+        if self.callbacks:
+            self.callbacks.clear()
+            signal.signal(signal.SIGTERM, self._before)
 
     def stepped(self) -> None:
         """One more step is complete on this rank.

@@ -6,8 +6,8 @@ for whom but why. Where a peer has left, or the limit is past, the wait fails wi
 and the process ends soon after, whatever becomes of that error. Every rank that can still hear is
 told, and writes its last transfers.
 
-A clock stands still while a debugger holds the rank, or the rank that it waits for, and while the
-whole process was stopped.
+A clock stands still while a debugger holds the rank, or one that it waits for, at any distance, and
+while the whole process was stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,9 @@ GRACE = 5.0
 
 FEW, MANY = 8, 64
 """Peers that are asked soon; peers that are asked once a wait is long."""
+
+NOBODY = -1
+"""In place of a rank that a debugger holds."""
 
 PHRASES = 4
 """Answers that a sentence holds."""
@@ -106,7 +109,7 @@ class Watch:
         self._box: LetterBox | None = None
         self._inquiry: Inquiry | None = None
         self.terminator: Terminator | None = None
-        self._held = self._recorded = False
+        self._holder, self._recorded = NOBODY, False
         self._over_at: float | None = None
         self._writing = threading.Lock()
         self._closed = threading.Event()
@@ -157,14 +160,16 @@ class Watch:
                 log.exception("gossip_hvd: rank %d: its watch failed once", self.rank)
 
     def _look(self, now: float, stopped: float) -> None:
-        self._held = in_debugger()
         self._read(now)
+        # Others have been told of the last look's holder; they ask it themselves.
+        self._holder = self.rank if in_debugger() else NOBODY
         for wait in standing() if self._over_at is None else ():
             moved = wait.subject.moved()
             if wait.progress is not None and moved != wait.progress:
                 wait.since, wait.warned = now, False
             wait.progress = moved
-            wait.since = min(now, wait.since + stopped + (self._tick if self._held else 0.0))
+            own = self._tick if self._holder == self.rank else 0.0
+            wait.since = min(now, wait.since + stopped + own)
             if now - wait.since > min(ASK, self.patience.warn_after, self.patience.stop_after / 2):
                 self._long(wait, now)
         if self._over_at is not None and now - self._over_at > GRACE:
@@ -179,8 +184,7 @@ class Watch:
         if self._inquiry is not None:
             if len(facts.peers) <= FEW or waited > self.patience.warn_after:
                 self._inquiry.ask(facts.peers[:MANY], now)
-            if any(self._inquiry.held(peer, now) for peer in facts.peers):
-                self._held = True
+            if self._held_by_any(facts.peers, now):
                 wait.since += self._tick
             gone = any(self._inquiry.has_left(peer, facts, now) for peer in facts.peers)
             limit += POLITE * self._inquiry.all_wait(facts.peers, now)
@@ -190,11 +194,26 @@ class Watch:
             wait.warned = True
             log.warning("gossip_hvd: %s", self._sentence(facts, now, waited))
 
+    def _held_by_any(self, peers: Sequence[int], now: float) -> bool:
+        """Whether a debugger holds one of these ranks, or one that they wait for, and so on.
+
+        Whoever is said to be held must say so itself: two ranks that wait for each other would
+        repeat for ever what they have heard.
+        """
+        assert self._inquiry is not None
+        said = {self._inquiry.holder(peer, now) for peer in peers} - {self.rank}
+        holders = [rank for rank in said if 0 <= rank < self.size]
+        self._inquiry.ask(holders, now)
+        paused = [rank for rank in holders if self._inquiry.paused(rank, now)]
+        if paused:
+            self._holder = paused[0]
+        return bool(paused)
+
     def _fail(self, wait: Wait, sentence: str, now: float) -> None:
         if self._over_at is None:
             self._over_at = now
-            self.write(sentence)
             self._tell_all(sentence)
+            self.write(sentence)
             # Also for a thread that is deep in MPI or Horovod and can raise nothing.
             log.error("gossip_hvd: %s The job ends.", sentence)
         wait.over = f"{sentence} The limit is GOSSIP_HVD_STALL_TIMEOUT seconds."
@@ -234,7 +253,7 @@ class Watch:
         return {
             "host": self.host,
             "state": self._state_name(),
-            "held": self._held,
+            "holder": self.rank if in_debugger() else self._holder,
             "where": user_line(),
             "text": facts.text if facts else "",
             "sequences": {record.key: record.flights for record in self.recorders},

@@ -240,6 +240,34 @@ FAULTS: tuple[Fault, ...] = (
         ranks=4,
     ),
     Fault(
+        "SIGTERM of the launcher, which leaves its ranks time, all save",
+        "def save():\n"
+        "    step = hvd.allgather(torch.tensor([session.current().watch.terminator.step]))\n"
+        "    print('saved after', step.tolist(), flush=True)\n"
+        "from gossip_hvd import session\n"
+        "hvd.init(node_size=2)\n"
+        "hvd.on_terminate(save)\n"
+        "train(4000, 20, lambda: (say(), os.kill(os.getppid(), signal.SIGTERM)), node_size=2)",
+        (143, 1),
+        r"(?s)(saved after \[(\d+), \2, \2, \2\].*){4}",
+        ranks=4,
+        environ=NEVER | {"OMPI_MCA_odls_base_sigkill_timeout": "8"},
+    ),
+    Fault(
+        "a NaN in the last exchange, which only the end of the program merges",
+        "hvd.init(node_size=1)\n"
+        "model = torch.nn.Linear(3, 2)\n"
+        "if hvd.rank() == 1:\n"
+        "    torch.nn.init.constant_(model.weight, float('nan'))\n"
+        "optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),\n"
+        "                                     model.named_parameters(), timing='awc')\n"
+        "model(torch.ones(4, 3)).sum().backward()\n"
+        "optimizer.step()\n"
+        "say()",
+        (1,),
+        r"raised; the job ends(.|\n)*NotFiniteError",
+    ),
+    Fault(
         "SIGTERM of one rank, all save under Keras's fit",
         "import keras, numpy\n"
         "import gossip_hvd.keras as hvd\n"
@@ -444,8 +472,24 @@ FAULTS: tuple[Fault, ...] = (
         "    pdb.Pdb(stdin=Slow(), stdout=sys.stderr, nosigint=True).set_trace()\n"
         "train(100, 20, stop)",
         (0,),
-        r"is held by a debugger|trained",
+        r"(?s)(trained.*){2}",
         environ=SOON,
+    ),
+    Fault(
+        "a rank in a debugger for 25 s, which others wait for who wait for it (limit 8 s)",
+        "import pdb\n"
+        "class Slow:\n"
+        "    def readline(self):\n"
+        "        time.sleep(25)\n"
+        "        return 'continue\\n'\n"
+        "def stop():\n"
+        "    say()\n"
+        "    pdb.Pdb(stdin=Slow(), stdout=sys.stderr, nosigint=True).set_trace()\n"
+        "train(60, 20, stop, options={'topology': 'ring'})",
+        (0,),
+        r"(?s)(trained.*){5}",
+        ranks=5,
+        environ={"GOSSIP_HVD_STALL_TIMEOUT": "8", "GOSSIP_HVD_STALL_WARNING": "4"},
     ),
     Fault(
         "ranks started without MPI",
