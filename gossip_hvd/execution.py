@@ -57,11 +57,19 @@ class Executor:
         for number in sorted(self._groups):
             self._groups[number].free()
 
-    def batches(self, responses: Sequence[Response]) -> Iterator[list[Response]]:
-        """Cut responses into those that travel together; the same on all ranks."""
+    @staticmethod
+    def batches(responses: Sequence[Response]) -> Iterator[list[Response]]:
+        """Cut responses into those that travel together; the same on all ranks.
+
+        Errors that only some ranks are told come first, on their own: between two responses of
+        one batch they would part them here, and not on the other ranks.
+        """
+        yield from ([response] for response in responses if response.order == 0)
         batch: list[Response] = []
         room = 0
         for response in responses:
+            if response.order == 0:
+                continue
             size = sum(nbytes(response.request))
             if batch and size <= room and _alike(batch[-1], response):
                 batch.append(response)

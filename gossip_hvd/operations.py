@@ -23,6 +23,7 @@ from gossip_hvd.joining import Steps
 from gossip_hvd.mixing import Array
 from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
 from gossip_hvd.requests import (
+    PLAIN,
     Request,
     Response,
     decode_requests,
@@ -166,6 +167,7 @@ class Operations:
         members = details.get("members", 0)
         if name is None:
             name = self.next_name(kind, members)
+        details |= {key: plain(details[key]) for key, plain in PLAIN.items() if key in details}
         request = Request(
             kind,
             name,

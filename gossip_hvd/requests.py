@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 REDUCTIONS = ("allreduce", "reducescatter")
@@ -69,6 +70,10 @@ class Request:
     values: bytes = field(default=b"", compare=False)
 
 
+PLAIN: dict[str, Callable[[Any], Any]] = {"root": index, "prescale": float, "postscale": float}
+"""Fields of a request that callers also give as NumPy's numbers, which cannot travel as text."""
+
+
 @dataclass(frozen=True)
 class Response:
     """What the coordinator tells the ranks of a process set to do next.
@@ -80,7 +85,8 @@ class Response:
             ``alltoall`` one row a rank: its splits; for ``join`` the rank that came last; for
             ``add_process_set`` the new number.
         joined: ranks that are out of data and have announced nothing.
-        order: counts the responses of a job; ranks outside a process set miss some.
+        order: counts the responses of a job; ranks outside a process set miss some. It is 0 for
+            an error that only some ranks of the process set are told, or at different times.
         values: the result, where it travels with the response (see ``small``).
     """
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gossip_hvd.execution import Executor
 from gossip_hvd.joining import Steps
 from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
@@ -125,6 +126,25 @@ def test_who_has_joined_is_not_waited_for() -> None:
     assert "not supported with Join" in told(coordinator, 0)[-1][1]
     coordinator.announce(0, [Request("join", "join", splits=(1,))], 0)
     assert coordinator.outgoing[1][-1].rows == ((1, 2, 0),), "ranks in the order of joining"
+
+
+def test_an_error_for_some_ranks_parts_nothing_that_travels_together_on_others() -> None:
+    coordinator = Coordinator(3, limit=10)
+    large = [wanted(name, shapes=((1000,),)) for name in ("x", "y")]
+    for rank in (0, 2):
+        coordinator.announce(rank, [wanted("slow")], 0)
+    coordinator.look(11)
+    for rank in (0, 2):
+        coordinator.outgoing[rank].clear()
+        coordinator.announce(rank, large, 12)
+    # Rank 1 comes late to what has failed, and is told so between the two others.
+    coordinator.announce(1, [large[0], wanted("slow"), large[1]], 13)
+    batches = [
+        [[r.request.name for r in batch] for batch in Executor.batches(coordinator.outgoing[rank])]
+        for rank in range(3)
+    ]
+    assert batches[0] == batches[2] == [["x", "y"]]
+    assert batches[1] == [["slow"], ["x", "y"]]
 
 
 def followed(coordinator: Coordinator, rank: int) -> list[str]:

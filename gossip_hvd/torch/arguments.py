@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from gossip_hvd.errors import ConfigError
+from gossip_hvd.methods import Method
 from gossip_hvd.torch.reduction import Named
 
 
@@ -17,11 +19,11 @@ def named_of(
     """A unique name for every parameter of the optimizer, in the model's order."""
     own = [p for group in optimizer.param_groups for p in group["params"]]
     if named_parameters is None:
-        return [
+        return _once(
             (f"allreduce.noname.{i}.{j}", p)
             for i, group in enumerate(optimizer.param_groups)
             for j, p in enumerate(group["params"])
-        ]
+        )
     named = list(named_parameters)
     if any(not isinstance(entry, tuple) for entry in named):
         raise ValueError(
@@ -41,7 +43,34 @@ def named_of(
             "named_parameters was specified, but one or more model parameters were not named."
         )
     mine = {id(p) for p in own}
-    return [(name, p) for name, p in named if id(p) in mine]
+    return _once((name, p) for name, p in named if id(p) in mine)
+
+
+def refuse_searches(
+    optimizer: torch.optim.Optimizer, method: Method, scope: str, nodes: int
+) -> None:
+    """Raise for an optimizer that evaluates its closure as often as it likes in one step.
+
+    Each evaluation is a backward, so each owes a round, and nodes would not make equally many.
+    """
+    delegated = method.name == "allreduce" and scope == "world"
+    if isinstance(optimizer, torch.optim.LBFGS) and nodes > 1:
+        if delegated or method.name == "none":
+            return
+        raise ConfigError(
+            f"method {method.name!r} with LBFGS, which evaluates its closure several times in one "
+            "step: nodes would not make equally many evaluations, and their rounds would not "
+            "meet. It works with one node, with method='none', and with method='allreduce' in "
+            "init(horovod_scope='world'), which is Horovod's own."
+        )
+
+
+def _once(named: Iterable[Named]) -> list[Named]:
+    """Every parameter under its first name: tied ones may have several."""
+    first: dict[int, Named] = {}
+    for name, p in named:
+        first.setdefault(id(p), (name, p))
+    return list(first.values())
 
 
 def groups_of(named: Sequence[Named], num_groups: int, groups: Any) -> tuple[tuple[str, ...], ...]:

@@ -7,7 +7,8 @@ carries it out; otherwise it is one of ours, matched by name (see ``gossip_hvd.o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,15 @@ class RefusedError(HorovodInternalError, ValueError):  # type: ignore[misc]
 
     Here it is an error on every rank, so it is also what Horovod raises for disagreements.
     """
+
+
+@contextmanager
+def horovods_error(kind: type[Exception] = HorovodInternalError) -> Iterator[None]:
+    """Raise Horovod's error where an operation of ours fails: scripts and elastic ones catch it."""
+    try:
+        yield
+    except OperationError as error:
+        raise kind(str(error)) from error
 
 
 class Pending:
@@ -199,7 +209,7 @@ def _ours(
         details["splits"] = tuple(int(n) for n in given)
     same = kind in ("allreduce", "broadcast")
     targets = [s if inplace else torch.empty_like(s) for s in sources] if same else []
-    try:
+    with horovods_error(RefusedError):
         handle = session.current().operations.submit(
             kind,
             None if name is None else f"torch.{name}",
@@ -209,15 +219,10 @@ def _ours(
             members=members,
             **details,
         )
-    except OperationError as error:
-        raise RefusedError(str(error)) from error
 
     def wait() -> Any:
-        try:
+        with horovods_error(RefusedError if kind == "alltoall" else HorovodInternalError):
             results = handle.wait()
-        except OperationError as error:
-            refused = kind == "alltoall"
-            raise (RefusedError if refused else HorovodInternalError)(str(error)) from error
         if same:
             return targets
         if kind == "alltoall":

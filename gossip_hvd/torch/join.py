@@ -17,6 +17,7 @@ from horovod.torch import mpi_ops
 from gossip_hvd import session
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import running
+from gossip_hvd.torch.handles import horovods_error
 from gossip_hvd.torch.optimizer import TorchGossip
 from gossip_hvd.torch.process_sets import (
     ProcessSet,
@@ -28,13 +29,18 @@ from gossip_hvd.torch.process_sets import (
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
-    """Return when every rank of the process set has come here, or has joined."""
+    """Return when every rank of the process set has come here, or has joined.
+
+    Raises:
+        HorovodInternalError: where one of them never comes.
+    """
     inside = horovod_set(process_set)
     if inside is not None:
         horovod.barrier(inside)
         return
     operations = session.current().operations
-    operations.submit("barrier", None, members=number_of(process_set)).wait()
+    with horovods_error():
+        operations.submit("barrier", None, members=number_of(process_set)).wait()
 
 
 def join(device: int = -1) -> int:
@@ -51,6 +57,9 @@ def join(device: int = -1) -> int:
 
     Returns:
         The rank that joined last.
+
+    Raises:
+        HorovodInternalError: where one of the ranks can no longer join.
     """
     current = session.current()
     gc.collect()  # Who is still running must not depend on when each rank's collector came by.
@@ -64,7 +73,8 @@ def join(device: int = -1) -> int:
         return last
     horovods = _join_horovod(device) if current.scope == "world" else None
     gossips = {gossip.key: gossip for gossip in running() if isinstance(gossip, TorchGossip)}
-    order = current.operations.join(lambda key: _follow(gossips, key))
+    with horovods_error():
+        order = current.operations.join(lambda key: _follow(gossips, key))
     last = order[-1]
     if horovods is not None:
         # Horovod's word for it: operations between its joins are its own, and order them.

@@ -8,30 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as horovod
-import numpy as np
 import torch
 
 from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
 from gossip_hvd.blocks import Segments, blocks_of, layout_of
 from gossip_hvd.errors import ConfigError
-from gossip_hvd.gossip import Gossip
+from gossip_hvd.gossip import Gossip, running
 from gossip_hvd.methods import Method, method_of
 from gossip_hvd.options import EngineOptions
 from gossip_hvd.rounds import MOMENTUM, VARIANCE
 from gossip_hvd.segments import Layout
 from gossip_hvd.settings import setting
-from gossip_hvd.torch.arguments import groups_of, named_of
-from gossip_hvd.torch.handles import begin
+from gossip_hvd.torch.arguments import groups_of, named_of, refuse_searches
+from gossip_hvd.torch.attachment import Attachment, with_it
+from gossip_hvd.torch.handles import begin, watched
 from gossip_hvd.torch.memory import TorchMemory, field_of
 from gossip_hvd.torch.process_sets import is_world
 from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions, weakly
+from gossip_hvd.torch.saved import arrays_as, bytes_of
 
 HISTORY = {MOMENTUM: ("momentum_buffer", "exp_avg"), VARIANCE: ("exp_avg_sq",)}
 """Where PyTorch's optimizers keep a payload slot's values."""
@@ -54,6 +56,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     **options: Any,
 ) -> torch.optim.Optimizer:
     """Make an optimizer train together with all other ranks; returns the same optimizer.
+
+    Another one that trained the same parameters until now trains them no more: with none left it
+    is a plain optimizer again.
 
     Args:
         optimizer: any optimizer of PyTorch's; ``optimizer.gossip`` is added to it.
@@ -109,6 +114,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     )
     engine_options = EngineOptions.take(options)
     chosen = method_of(setting("METHOD", method), EngineOptions.names(), **options)
+    refuse_searches(optimizer, chosen, current.scope, len(current.cluster.nodes))
     gossip = TorchGossip(current, optimizer, named, reduction, engine_options, chosen, segments)
     gossip.offered = offered or []
     return optimizer
@@ -145,7 +151,7 @@ class TorchGossip(Gossip):
         super().__init__(current, method.fitted(kind), options, {"optimizer": kind, **facts})
         self._optimizer = weakref.ref(optimizer)
         self._named, self._segments = list(named), segments
-        self._depth = 0
+        self._depth, self._skipping = 0, False
         self._polling: dict[int, Any] = {}
         self._build()
         scale = current.cluster.gradient_scale(current.node)
@@ -179,7 +185,8 @@ class TorchGossip(Gossip):
         process_set = self.session.process_sets["torch"]
         if process_set is not None:
             name = f"{self.key}.loss"
-            value = horovod.allreduce(value, name=name, process_set=process_set)
+            handle = horovod.allreduce_async(value, name=name, process_set=process_set)
+            value = watched(handle, self.session.waits_for(self.session.node_ranks, "report_loss"))
         self.engine.loss = float(value)
 
     def trains(self, parameter: torch.Tensor) -> bool:
@@ -188,12 +195,12 @@ class TorchGossip(Gossip):
 
     def state_dict(self, *, drain: bool = False) -> dict[str, Any]:
         """See ``Gossip.state_dict``; arrays are tensors, as ``torch.save`` likes them."""
-        state: dict[str, Any] = _arrays_as(torch.from_numpy, super().state_dict(drain=drain))
+        state: dict[str, Any] = arrays_as(torch.from_numpy, super().state_dict(drain=drain))
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Gossip.load_state_dict``."""
-        super().load_state_dict(_arrays_as(_array_of, state))
+        super().load_state_dict(arrays_as(bytes_of, state))
 
     def unflatten(self) -> None:
         """Give every parameter memory of its own until the next round.
@@ -214,6 +221,21 @@ class TorchGossip(Gossip):
         # The engine is made anew when the next backward ends, as for parameters unfrozen.
         self._named += named
         self._reduction.add(named)
+
+    def leave(self, ids: set[int]) -> None:
+        """Train these parameters no more, since another optimizer does; all ranks must call."""
+        self.drain()
+        self._memory.detach()
+        self._reduction.drop(ids)
+        for key in ids & self._polling.keys():
+            self._polling.pop(key).remove()
+        self._named = [(name, p) for name, p in self._named if id(p) not in ids]
+        ended = self.session is not session.current()
+        if not ended and any(p.requires_grad for _, p in self._named):
+            self._build()
+            return
+        self._attachment.remove()
+        self.engine.close()
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within it, backward passes accumulate gradients without averaging them, as in DDP."""
@@ -279,6 +301,8 @@ class TorchGossip(Gossip):
                 f"method {self.method.name!r} prepares weights and gradients before the step, so "
                 "step(closure) cannot compute gradients inside it: call backward() before step()."
             )
+        if self._depth == 0 and not self._skipping:
+            self._reduction.synchronize()
         self._depth += 1
         if self._depth == 1:
             self.stepping()
@@ -297,6 +321,8 @@ class TorchGossip(Gossip):
         if not trained:
             raise ConfigError("no parameter of this optimizer requires a gradient.")
         layout = _layout(trained, self._segments)
+        if not hasattr(self, "engine"):
+            _succeed(self._named)
         by_name = dict(trained)
         parameters = [by_name[field.name] for field in layout.fields]
         self._memory = TorchMemory(layout, parameters, self.slots, self._history)
@@ -320,46 +346,49 @@ class TorchGossip(Gossip):
         self._build()
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.gossip = self  # type: ignore[attr-defined]
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
-        plain_zero_grad = optimizer.zero_grad
+        hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._reduction.await_passes()),
+        )
+        attributes = {
+            "gossip": self,
+            "zero_grad": with_it(optimizer, "zero_grad", before=self._clearing),
+            "add_param_group": with_it(optimizer, "add_param_group", after=self._adopt_last),
+            # Horovod's names; after all its passes a gradient is complete when backward returns.
+            "synchronize": self._reduction.synchronize,
+            "skip_synchronize": self._skip,
+            "set_backward_passes_per_step": self._reduction.await_passes,
+        }
+        on_parameters = (self._polling, self._reduction.hooked, self._reduction.weighing)
+        self._attachment = Attachment(optimizer, hooks, attributes, self._number, on_parameters)
 
-        @functools.wraps(plain_zero_grad)
-        def zero_grad(*args: Any, **kwargs: Any) -> None:
-            self.pay()
-            self._reduction.used()
-            plain_zero_grad(*args, **kwargs)
+    def _clearing(self) -> None:
+        if self.pay():
+            self.completed()  # Other nodes have not skipped this step, and count it.
+        self._reduction.used()
 
-        plain_add = optimizer.add_param_group
+    def _adopt_last(self) -> None:
+        self.adopt(self._live().param_groups[-1]["params"])
 
-        @functools.wraps(plain_add)
-        def add_param_group(param_group: dict[str, Any]) -> None:
-            plain_add(param_group)
-            self.adopt(optimizer.param_groups[-1]["params"])
-
-        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
-        optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
-        # Horovod's names; gradients are complete when backward returns, so nothing waits here.
-        optimizer.synchronize = lambda: None  # type: ignore[attr-defined]
-        optimizer.skip_synchronize = contextlib.nullcontext  # type: ignore[attr-defined]
-        optimizer.set_backward_passes_per_step = self._set_passes  # type: ignore[attr-defined]
-
-    def _set_passes(self, passes: int) -> None:
-        self._reduction.passes = passes
-
-
-def _arrays_as(convert: Callable[[Any], Any], value: Any) -> Any:
-    """Nested state with every array or tensor converted."""
-    if isinstance(value, Mapping):
-        return {key: _arrays_as(convert, inner) for key, inner in value.items()}
-    return convert(value) if isinstance(value, torch.Tensor | np.ndarray) else value
+    @contextlib.contextmanager
+    def _skip(self) -> Iterator[None]:
+        before, self._skipping = self._skipping, True
+        try:
+            yield
+        finally:
+            self._skipping = before
 
 
-def _array_of(tensor: Any) -> Any:
-    """A flat tensor of bytes as an array; anything else as it is, to be refused by name."""
-    plain = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.uint8
-    return tensor.detach().to("cpu", copy=True).numpy() if plain else tensor
+def _succeed(named: Sequence[Named]) -> None:
+    """Take parameters over from optimizers that were wrapped before; on all ranks at once."""
+    if not any(running()):
+        return
+    gc.collect()  # Who is still running must not depend on when each rank's collector came by.
+    mine = {id(p) for _, p in named}
+    for older in running():
+        if isinstance(older, TorchGossip) and (ids := mine & {id(p) for _, p in older._named}):
+            older.leave(ids)
 
 
 def _layout(trained: Sequence[Named], segments: Segments) -> Layout:

@@ -21,6 +21,8 @@ from gossip_hvd.waits import Facts
 
 Named = tuple[str, torch.Tensor]
 NATIVE = {torch.float16, torch.float32, torch.float64}
+PAUSED = sys.maxsize
+"""So many backward passes nobody makes."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class NodeReduction:
         siblings: says in a wait who waits for whom, and for what.
         completed: called at the end of each backward that completed a reduction.
         begun: called when this rank's part of a reduction is under way, before any wait.
+
+    Attributes:
+        passes: backward passes that a reduction waits for.
+        hooked: by parameter, the handle of the hook that reduces its gradient.
+        weighing: by parameter, the handle of the hook that scales its gradient.
     """
 
     def __init__(
@@ -77,9 +84,9 @@ class NodeReduction:
         self._prefix, self._completed, self._begun = prefix, completed, begun
         self._bundles = _bundles(named, options.groups)
         self._bundle_of = {id(p): b for b in self._bundles for _, p in b.members}
-        self._hooked: dict[int, Any] = {}
+        self.hooked: dict[int, Any] = {}
+        self.weighing: dict[int, Any] = {}
         self._done_passes = 0
-        self._weighing: list[Any] = []
         self._sparse: dict[int, int] = {}  # by parameter, the sparse dimensions of its gradient
         self._ending: Callable[[], object | None] = lambda: None
         self.hook_new()
@@ -100,28 +107,41 @@ class NodeReduction:
     def hook_new(self) -> None:
         """Hook parameters that want gradients and have no hook yet; cheap to call often."""
         for parameter in self.parameters:
-            if parameter.requires_grad and id(parameter) not in self._hooked:
+            if parameter.requires_grad and id(parameter) not in self.hooked:
                 hook = parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
-                self._hooked[id(parameter)] = hook
+                self.hooked[id(parameter)] = hook
                 if self._scale != 1.0:
                     # Each new gradient once: what was reduced before may still be in ``grad``.
                     weigh = parameter.register_hook(functools.partial(torch.mul, other=self._scale))  # type: ignore[no-untyped-call]
-                    self._weighing.append(weigh)
+                    self.weighing[id(parameter)] = weigh
 
-    def remove(self) -> None:
-        """Take all hooks away."""
-        for hook in self._hooked.values():
-            hook.remove()
-        for weigh in self._weighing:
-            weigh.remove()
-        self._hooked.clear()
-        self._weighing.clear()
+    def drop(self, ids: set[int]) -> None:
+        """Leave these parameters alone from now on."""
+        self._forget()
+        for bundle in self._bundles:
+            bundle.members = [(n, p) for n, p in bundle.members if id(p) not in ids]
+        self._bundles = [bundle for bundle in self._bundles if bundle.members]
+        for hooks in (self.hooked, self.weighing):
+            for key in ids & hooks.keys():
+                hooks.pop(key).remove()
+
+    def await_passes(self, passes: int | None = None) -> None:
+        """Count backward passes from 0 again; up to another number, where one is given."""
+        self.passes, self._done_passes = passes or self.passes, 0
+
+    def synchronize(self) -> None:
+        """Reduce what fewer passes than ``passes`` have accumulated, as Horovod's does.
+
+        For a step behind the last, shorter window of an epoch. Nothing is rescaled.
+        """
+        if 0 < self._done_passes < self.passes != PAUSED:
+            self._reduce()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Backward passes inside accumulate gradients and count for nothing else."""
         passes, done = self.passes, self._done_passes
-        self.passes = sys.maxsize
+        self.passes = PAUSED
         try:
             yield
         finally:
@@ -168,8 +188,11 @@ class NodeReduction:
     def _at_end_of_backward(self) -> None:
         self._ending = lambda: None
         self._done_passes += 1
-        if self._done_passes < self.passes:
-            return
+        if self._done_passes >= self.passes:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        """Reduce every gradient, those under way included, and wait."""
         self._done_passes = 0
         self.hook_new()
         waiting = [b for b in self._bundles if any(p.requires_grad for _, p in b.members)]

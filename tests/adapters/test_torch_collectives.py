@@ -62,6 +62,17 @@ def test_allreduce_scales_before_and_after(me: Rank) -> None:
     assert torch.equal(result, 2 * every(me, torch.float32).sum(0).float())
 
 
+@on_ranks(BOTH_SCOPES)
+def test_numpys_numbers_are_numbers(me: Rank) -> None:
+    factors = {"prescale_factor": np.float32(0.5), "postscale_factor": np.float64(4)}
+    result = hvd.allreduce(small(me), op=hvd.Sum, **factors)
+    assert torch.equal(result, 2 * every(me, torch.float32).sum(0).float())
+    root = np.int64(1)
+    assert torch.equal(hvd.broadcast(small(me), root), small(me, rank=1))
+    rows, _ = hvd.alltoall(torch.full((me.size,), me.rank), np.ones(me.size, np.int64))
+    assert rows.tolist() == list(range(me.size))
+
+
 @on_ranks(MANY)
 def test_allreduce_takes_tensors_of_every_shape(me: Rank) -> None:
     scalar = torch.tensor(float(me.rank))

@@ -13,7 +13,10 @@ from rank import Rank
 from ranks import Job, on_ranks
 
 import gossip_hvd.torch as hvd
+from gossip_hvd import session
+from gossip_hvd.errors import OperationError
 from gossip_hvd.gossip import running
+from gossip_hvd.joining import TAIL
 
 MANY = [Job(1), Job(1, "world"), Job(2), Job(4, "node", 2), Job(4, "world", 2)]
 FOUR = [Job(4, "node", 2), Job(4, "node", 1)]
@@ -76,6 +79,27 @@ def test_join_waits_for_the_last_and_others_go_on(me: Rank) -> None:
     hvd.allreduce(torch.ones(1)) if me.rank == me.size - 1 else None
     assert hvd.join() == me.size - 1
     assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == me.size
+
+
+@on_ranks([Job(2)])
+def test_barrier_fails_with_horovods_error(me: Rank) -> None:
+    operations = session.current().operations
+    if me.rank == 0:
+        with pytest.raises(hvd.HorovodInternalError, match="Mismatched collective operations"):
+            hvd.barrier()
+    else:
+        other = operations.submit("allgather", operations.next_name("barrier"), shapes=[(1,)])
+        with pytest.raises(OperationError):
+            other.wait()
+
+
+@on_ranks([Job(2)])
+def test_join_fails_with_horovods_error(me: Rank) -> None:
+    for _ in range(me.rank * (TAIL + 1)):
+        session.current().operations.step("a model")
+    me.settle()
+    with pytest.raises(hvd.HorovodInternalError, match="cannot follow"):
+        hvd.join()
 
 
 METHODS: list[dict[str, Any]] = [

@@ -56,7 +56,7 @@ def test_optimizers_of_every_kind(me: Rank) -> None:
 @on_ranks(FEW)
 def test_gradients_are_complete_when_backward_returns(me: Rank) -> None:
     model, replica = mlp(), mlp()
-    wrapped(model, method="allreduce")
+    optimizer = wrapped(model, method="allreduce")
     x, y = batch(me.rank, 0, torch.float64, 5, 3)
     (model(x) - y).square().mean().backward()
     data = [batch(rank, 0, torch.float64, 5, 3) for rank in range(me.size)]
@@ -64,6 +64,7 @@ def test_gradients_are_complete_when_backward_returns(me: Rank) -> None:
     (replica(x) - y).square().mean().backward()
     for mine, theirs in zip(model.parameters(), replica.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    del optimizer  # without it there are no hooks
 
 
 @on_ranks(FEW)
