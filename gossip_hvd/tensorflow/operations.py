@@ -46,8 +46,8 @@ def traced_name(kind: str, members: int = 0) -> str:
         graph = outer
     numbers = _traced.setdefault(graph, Counter())
     numbers[kind, members] += 1
-    # TensorFlow ends the names of some functions with a number of its own.
-    function = re.sub(r"_\d+$", "", getattr(graph, "name", ""))
+    # TensorFlow ends the names of some functions with a number of its own, and refuses some signs.
+    function = re.sub(r"\W", "_", re.sub(r"_\d+$", "", getattr(graph, "name", "")))
     return f"{kind}.traced.{members}.{function}.{numbers[kind, members]}"
 
 

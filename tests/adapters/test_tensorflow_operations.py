@@ -113,7 +113,8 @@ def test_complex_gradients_are_averaged_whole(me: Rank) -> None:
 
     def gradient(wrap):
         with tf.GradientTape() as tape:
-            loss = tf.math.real(tf.reduce_sum(variable * tf.constant([1j * me.rank, 2 + me.rank])))
+            factors = tf.constant([1j * me.rank, 2 + me.rank], tf.complex64)
+            loss = tf.math.real(tf.reduce_sum(variable * factors))
         return wrap(tape).gradient(loss, [variable])[0].numpy()
 
     every = me.gather(gradient(lambda tape: tape))

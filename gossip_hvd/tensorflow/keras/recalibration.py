@@ -42,7 +42,8 @@ def recalibrate_batch_norm(model: Any, data: Iterable[Any]) -> None:
     statistics = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
     own = [np.asarray(keras.ops.convert_to_numpy(v), np.float64) for v in statistics]
     mine = np.concatenate([[1.0], *own]) * count
-    total = allreduce(mine, name="gossip_hvd.recalibrate", average=False)
+    added = allreduce(mine, name="gossip_hvd.recalibrate", average=False)
+    total = keras.ops.convert_to_numpy(added)
     if not total[0]:
         raise ConfigError("recalibrate_batch_norm: no rank's data has a batch.")
     ends = np.cumsum([v.size for v in own])[:-1]

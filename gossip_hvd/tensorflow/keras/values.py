@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import numpy as np
 
 from gossip_hvd import session
@@ -20,8 +21,11 @@ def allreduce(
     postscale_factor: float = 1.0,
     op: Any = None,
     compression: Any = None,
-) -> Array:
-    """The reduction of a value over all ranks, as a NumPy array; arguments as Horovod's."""
+) -> Any:
+    """The reduction of a value over all ranks, as the backend's tensor; arguments as Horovod's.
+
+    ``compression`` is accepted: values travel as they are.
+    """
     if average is not None and op is not None:
         raise ValueError("The op parameter supersedes average. Please provide only one of them.")
     array = _array(value)
@@ -35,35 +39,40 @@ def allreduce(
         prescale=prescale_factor,
         postscale=postscale_factor,
     )
-    return result
+    return _tensor(result)
 
 
-def allgather(value: Any, name: str | None = None) -> Array:
-    """The rows of all ranks, by rank, as a NumPy array."""
+def allgather(value: Any, name: str | None = None) -> Any:
+    """The rows of all ranks, by rank, as the backend's tensor."""
     array = _array(value)
     gathered = _submit("allgather", name, array)
-    return np.asarray(gathered).reshape(-1, *array.shape[1:])
+    return _tensor(np.asarray(gathered).reshape(-1, *array.shape[1:]))
 
 
-def broadcast(value: Any, root_rank: int, name: str | None = None) -> Array:
-    """The value of world rank ``root_rank``, as a NumPy array."""
+def broadcast(value: Any, root_rank: int, name: str | None = None) -> Any:
+    """The value of world rank ``root_rank``, as the backend's tensor."""
     array = _array(value)
     result = np.empty_like(array)
     _submit("broadcast", name, array, result, root=root_rank)
-    return result
+    return _tensor(result)
 
 
-def reducescatter(value: Any, name: str | None = None, op: Any = None) -> Array:
-    """This rank's rows of the reduction of a value over all ranks, as a NumPy array."""
+def reducescatter(value: Any, name: str | None = None, op: Any = None) -> Any:
+    """This rank's rows of the reduction of a value over all ranks, as the backend's tensor."""
     array = _array(value)
     rows = _submit("reducescatter", name, array, op=_op("Average", op))
-    return np.asarray(rows).reshape(-1, *array.shape[1:])
+    return _tensor(np.asarray(rows).reshape(-1, *array.shape[1:]))
 
 
 def _array(value: Any) -> Array:
     numpy = getattr(value, "numpy", None)
     array: Array = np.require(value if numpy is None else numpy(), requirements="C")
     return array
+
+
+def _tensor(array: Array) -> Any:
+    """As Horovod returns it: scripts call ``numpy()`` on it."""
+    return keras.ops.convert_to_tensor(array)
 
 
 def _op(default: str, op: Any) -> str:
