@@ -383,6 +383,20 @@ FAULTS: tuple[Fault, ...] = (
         differs("the version of gossip_hvd"),
     ),
     Fault(
+        "hosts with different TensorFlow, under Keras",
+        "import keras, numpy\n"
+        "import gossip_hvd.keras as hvd\n"
+        "from gossip_hvd.tensorflow.framework import TensorFlow\n"
+        "hvd.init(node_size=1)\n"
+        "if hvd.rank() == 1:\n"
+        "    TensorFlow.version = '2.0.0'\n"
+        "say()\n"
+        "hvd.DistributedOptimizer(keras.optimizers.SGD(0.01))",
+        (1,),
+        differs("the version of tensorflow"),
+        environ=NEVER | {"KERAS_BACKEND": "tensorflow"},
+    ),
+    Fault(
         "hosts with different packages",
         "say()\n"
         "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"

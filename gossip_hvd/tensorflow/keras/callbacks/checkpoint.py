@@ -193,8 +193,12 @@ def _state(party: Party, found: Found) -> dict[str, Any]:
     """What this rank has saved."""
     state = job.state_of(found, party.node, party.place, _array)
     if not isinstance(state, dict) or set(state) != PARTS or not isinstance(state["epoch"], int):
-        raise CheckpointError(f"{found.path} was not written by GossipCheckpoint.")
+        raise _foreign(found)
     return state
+
+
+def _foreign(found: Found) -> CheckpointError:
+    return CheckpointError(f"{found.path} was not written by GossipCheckpoint.")
 
 
 def _mean(found: Found) -> dict[str, Any]:
@@ -202,6 +206,8 @@ def _mean(found: Found) -> dict[str, Any]:
     files = Merge(found)
     try:
         gossip = files.plain(["gossip"])
+        if not all(one is None or (isinstance(one, dict) and "mass" in one) for one in gossip):
+            raise _foreign(found)
         masses = [1.0 if one is None else float(one["mass"]) for one in gossip]
         return {
             "epoch": files.first(["epoch"], _array),
