@@ -6,7 +6,7 @@ Every operation is a generator of the flights it waits for, so that a caller may
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import numpy as np
@@ -18,8 +18,9 @@ from gossip_hvd.memory import Memory
 from gossip_hvd.methods.contract import Context, Method, Moment
 from gossip_hvd.mixing import dtype_of
 from gossip_hvd.progress import CallerProgress, Progress, Steps
-from gossip_hvd.rounds import WEIGHTS, Round, exact_mean
-from gossip_hvd.seat import Seat
+from gossip_hvd.rounds import WEIGHTS, Round, damped, exact_mean
+from gossip_hvd.seat import Lane, Seat
+from gossip_hvd.staleness import damping
 from gossip_hvd.transport import Bytes
 
 
@@ -32,7 +33,8 @@ class Engine:
         seed: of every random choice, equal on all ranks.
         timing: ``"atc"``: exchange after the local step, x ← Σ W (x − γd); ``"awc"``: exchange
             under the next forward and backward, x ← Σ W x − γ d(x).
-        staleness: under AWC, for how many steps a flight that has not arrived is let be.
+        staleness: under AWC, for how many steps a flight that has not arrived is let be. Where the
+            method is ``linear``, the next round is posted beside it; others owe the next.
         progress: moves late flights; by default the caller does.
 
     Attributes:
@@ -70,10 +72,12 @@ class Engine:
         ):
             for name in names:
                 arrays.setdefault(name, np.zeros(size, np.uint8))
+        while len(seat.lanes) <= staleness and method.linear:
+            seat.lanes.append(Lane())
         self._stepping: int | None = None
         self._sequence = 0
         self._progress: Progress = progress or CallerProgress()
-        self._flying: Flight | None = None
+        self._flying: list[Flight] = []
 
     @property
     def alone(self) -> bool:
@@ -83,12 +87,17 @@ class Engine:
     @property
     def in_flight(self) -> bool:
         """True while an exchange is under way behind the computation."""
-        return self._flying is not None
+        return bool(self._flying)
 
     @property
     def posted(self) -> Posted | None:
         """What the exchange under way has sent; None where there is none."""
-        return None if self._flying is None else self._flying.posted
+        return self._flying[-1].posted if self._flying else None
+
+    @property
+    def credit(self) -> int:
+        """Rounds that may be owed when a step is over."""
+        return 0 if self.method.linear else self.staleness
 
     @property
     def when(self) -> Moment:
@@ -114,8 +123,9 @@ class Engine:
 
     def poll(self) -> None:
         """Move the exchange in flight a little, where no thread does."""
-        if self._flying is not None and isinstance(self._progress, CallerProgress):
-            self._progress.arrived(self._flying)
+        if isinstance(self._progress, CallerProgress):
+            for flight in self._flying:
+                self._progress.arrived(flight)
 
     def step(self) -> Steps:
         """After a local step, or a reduction, or where one was skipped: run what is owed."""
@@ -127,10 +137,10 @@ class Engine:
     def _exchange(self) -> Steps:
         """Run the rounds that are owed, as far as timing and staleness demand."""
         while self.owed:
-            if self._flying is not None:
+            if self._flying and self.owed <= self.credit:
                 # A round before the local step cannot wait: its result is needed now.
-                patient = self.owed <= self.staleness and self.method.when(self.number) == "step"
-                if patient and not self._progress.arrived(self._flying):
+                patient = self.method.when(self.number) == "step"
+                if patient and not self._progress.arrived(self._flying[0]):
                     return
             yield from self._turn()
 
@@ -138,9 +148,7 @@ class Engine:
         """Run every round that is owed and land the one in flight."""
         while self.owed:
             yield from self._turn()
-        if (flight := self._land()) is not None:
-            yield from self._merge(flight)
-            yield from self._settle(flight)
+        yield from self._bring_in()
 
     def discard(self) -> Steps:
         """Run what is owed and in flight, since peers wait for it; keep the weights as they are.
@@ -168,7 +176,7 @@ class Engine:
 
     def deviation(self, memory: Memory) -> Steps:
         """Replace the weights in ``memory``, a copy of this node's, by their mean over nodes."""
-        assert self._flying is None, "drain first: its memory is in use"
+        assert not self._flying, "drain first: its memory is in use"
         assert not self.owed, "drain first: peers wait for a round"
         seat = copy(self.seat)
         seat.memory = memory
@@ -203,12 +211,11 @@ class Engine:
 
     def post_again(self, posted: Posted) -> None:
         """Send what the last round had sent when its job was stopped; all ranks must call."""
-        assert self._flying is None, "drain first"
-        plan = self.method.plan(self.state, self.number - 1, self.seat.node)
+        assert not self._flying, "drain first"
+        plan = self._plan(self.number - 1)
         sequence = self._next_sequence()
         flight = Flight(self.seat, self.method, self.state, plan, sequence, late=True, again=posted)
-        self._flying = flight
-        self._progress.take(flight)
+        self._leave(flight)
 
     def close(self) -> None:
         """Stop moving bytes; call it after ``drain``."""
@@ -217,24 +224,30 @@ class Engine:
     # One round -------------------------------------------------------------------------------
 
     def _turn(self) -> Steps:
-        """Merge the flight under way and post the next round.
+        """Merge what is under way, but for what is let be, and post the next round.
 
         The next round follows cell by cell where it can: a cell whose last exchange is over has
         the values that it will be sent with, whatever the others still wait for.
         """
-        flight = self._land()
-        if flight is not None and flight.own_note.size:  # the next plan may depend on notes
-            yield from self._merge(flight)
+        ahead: Flight | None = None
+        if self.staleness and self.method.linear:
+            yield from self._bring_in(self._may_stay)
+        elif self._flying:
+            ahead = self._land(self._flying[0])
+            if ahead.own_note.size:  # the next plan may depend on notes
+                yield from self._merge(ahead)
         self.owed -= 1
         context = self._context()
         self.state = self.method.observe(self.state, self.number, context)
-        plan = self.method.plan(self.state, self.number, self.seat.node)
+        plan = self._plan(self.number)
         self.number += 1
         late = self.flies_late(plan)
-        if flight is not None and not late:
-            yield from self._merge(flight)
-            yield from self._settle(flight)
-        self.seat.memory.load(self._slots if flight is None else self.method.reads)
+        if not late:
+            yield from self._bring_in()
+            if ahead is not None:
+                yield from self._merge(ahead)
+                yield from self._settle(ahead)
+        self.seat.memory.load(self._slots if ahead is None else self.method.reads)
         following = Flight(
             self.seat,
             self.method,
@@ -243,7 +256,8 @@ class Engine:
             self._next_sequence(),
             late=late,
             context=context,
-            behind=flight,
+            behind=ahead,
+            lane=self._free_lane(),
         )
         if not late:
             while not following.poll():
@@ -251,29 +265,52 @@ class Engine:
             self._finish(following)
             self.seat.memory.save(self.method.writes)
             return
-        if flight is not None:
-            yield from self._merge(flight, following)
-        self._flying = following
-        self._progress.take(following)
-        if flight is not None:
-            yield from self._settle(flight)
+        if ahead is not None:
+            yield from self._merge(ahead, following)
+        self._leave(following)
+        if ahead is not None:
+            yield from self._settle(ahead)
 
-    def _land(self) -> Flight | None:
-        """Take back the flight under way, to merge this rank's share of it cell by cell."""
-        flight = self._flying
-        if flight is not None:
-            self._progress.release(flight)
-            self._flying = None
-            self.seat.memory.load(self.method.writes)
-            flight.land()
-            if not flight.own_note.size:
-                self._finish(flight)
+    def _plan(self, number: int) -> Round:
+        plan = self.method.plan(self.state, number, self.seat.node)
+        return damped(plan, damping(self.staleness)) if self.method.linear else plan
+
+    def _leave(self, flight: Flight) -> None:
+        """Let a flight travel under what comes next."""
+        self._flying.append(flight)
+        self._progress.take(flight)
+
+    def _land(self, flight: Flight) -> Flight:
+        """Take back a flight under way, to merge this rank's share of it cell by cell."""
+        self._progress.release(flight)
+        self._flying.remove(flight)
+        self.seat.memory.load(self.method.writes)
+        flight.land()
+        if not flight.own_note.size:
+            self._finish(flight)
         return flight
+
+    def _bring_in(self, stays: Callable[[Flight], bool] = lambda flight: False) -> Steps:
+        """Land and merge what is under way, the oldest first, but for what may stay."""
+        for flight in tuple(self._flying):
+            if not stays(flight):
+                yield from self._merge(self._land(flight))
+                yield from self._settle(flight)
+
+    def _may_stay(self, flight: Flight) -> bool:
+        """Whether a flight has not arrived, and is young enough to be let be."""
+        young = self.number - flight.round.number <= self.staleness
+        return young and not self._progress.arrived(flight)
+
+    def _free_lane(self) -> Lane:
+        taken = {flight.lane for flight in self._flying}
+        return next(lane for lane in self.seat.lanes if lane not in taken)
 
     def _merge(self, flight: Flight, following: Flight | None = None) -> Steps:
         """Wait until this rank's share is merged; the next flight follows close behind."""
         while not flight.merged:
             flight.poll()
+            self.poll()
             if following is not None:
                 following.follow()
                 following.poll()

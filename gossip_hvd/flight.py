@@ -19,7 +19,7 @@ from gossip_hvd.lowering import Key, Lowered, Posted, room, travelling
 from gossip_hvd.methods.contract import Arrival, Context, Method, State
 from gossip_hvd.mixing import Array
 from gossip_hvd.rounds import SHARED_SLOTS, Round, Stage, Transfer
-from gossip_hvd.seat import Seat
+from gossip_hvd.seat import Lane, Seat
 from gossip_hvd.segments import Cell
 from gossip_hvd.transport import Bytes
 from gossip_hvd.transport.exchange import Exchange, Message, tag_of
@@ -39,6 +39,7 @@ class Flight:
         context: what the adapter reported, for the method's note.
         behind: a late flight that still uses the same memory; call ``follow`` until it is merged.
         again: what this flight sent and noted before its job was stopped; None for a new flight.
+        lane: its memory, by default the first, where one flight is under way at a time.
     """
 
     def __init__(
@@ -53,17 +54,17 @@ class Flight:
         context: Context | None = None,
         behind: Flight | None = None,
         again: Posted | None = None,
+        lane: Lane | None = None,
     ) -> None:
         self.seat, self.method, self.state, self.round = seat, method, state, round_
-        self.sequence, self.late = sequence, late
+        self.sequence, self.late, self.lane = sequence, late, lane or seat.lanes[0]
         self.done = self.finished = self._landing = False
         self.notes: dict[int, Array] = {}
         note = again.note if again else method.note(state, round_.number, context or Context())
         self.own_note, self._again = np.asarray(note, np.float64), again
-        self._stage = -1
+        self._stage, self._behind = -1, behind
         self._exchange: Exchange | None = None
         self._gather: Gather | None = None
-        self._behind = behind
         self._next_stage()
         if behind is not None:
             self.follow()
@@ -227,8 +228,7 @@ class Flight:
         )
 
     def _admit_all(self) -> None:
-        self.seat.incoming.lay(self._ours.incoming)
-        self.seat.outgoing.lay(self._ours.outgoing)
+        self.lane.lay(self._ours.incoming, self._ours.outgoing)
         self._admit(list(self._waiting))
 
     def _admit(self, indices: Sequence[int]) -> None:
@@ -253,7 +253,7 @@ class Flight:
         for transfer, cell, peer in self._ours.coming.get(index, ()):
             key = transfer.slot, index
             dtype = seat.on_wire(cell, stage.rule)
-            data = seat.incoming[key][used[key] :][: travelling(cell, dtype)]
+            data = self.lane.incoming[key][used[key] :][: travelling(cell, dtype)]
             used[key] += room(cell, dtype)
             self._arrivals.setdefault(key, []).append((transfer, data.view(dtype)))
             self._open[key] = self._open.get(key, 0) + 1
@@ -293,7 +293,7 @@ class Flight:
             self._sent[key] = views[slot]
             self._in_place.add(key)
             return
-        copy = seat.outgoing[key][: travelling(cell, dtype)].view(dtype)
+        copy = self.lane.outgoing[key][: travelling(cell, dtype)].view(dtype)
         self._sent[key] = copy
         if self._again is not None:
             self._again = self._again.into(copy)

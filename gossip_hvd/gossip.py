@@ -254,7 +254,7 @@ class Gossip:
         Returns:
             Whether there was one.
         """
-        skipped = self.engine.owed > self.options.staleness
+        skipped = self.engine.owed > self.engine.credit
         if skipped:
             self._run(self.engine.step())
         return skipped

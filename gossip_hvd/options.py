@@ -9,6 +9,7 @@ from gossip_hvd.errors import ConfigError, unknown
 from gossip_hvd.finite import NAN_POLICIES
 from gossip_hvd.segments import ALIGN, LARGEST_MESSAGE
 from gossip_hvd.settings import setting
+from gossip_hvd.staleness import LONGEST
 from gossip_hvd.transport.traffic import Traffic
 
 TIMINGS = ("atc", "awc")
@@ -25,7 +26,8 @@ class EngineOptions:
         seed: of every random choice.
         timing: ``"atc"``: exchange after the local step; ``"awc"``: exchange under the next
             forward and backward, merged at its end.
-        staleness: under AWC, for how many steps an exchange that has not arrived is let be.
+        staleness: under AWC, for how many steps an exchange that has not arrived is let be; nodes
+            then mix more slowly (see ``staleness.py``).
         wire_dtype: ``"bfloat16"`` or ``"float16"`` rounds float32 and float64 values on the wire;
             the mean over nodes stays exact.
         chunk_bytes: the largest message.
@@ -72,10 +74,10 @@ class EngineOptions:
             raise unknown("nan_policy", made.nan_policy, NAN_POLICIES)
         if made.progress not in PROGRESS:
             raise unknown("progress", made.progress, PROGRESS)
-        if made.staleness < 0 or (made.staleness and made.timing != "awc"):
+        if not 0 <= made.staleness <= LONGEST or (made.staleness and made.timing != "awc"):
             raise ConfigError(
                 f"staleness={made.staleness} with timing={made.timing!r}: staleness is 0 or more "
-                "rounds, and only timing='awc' leaves an exchange in flight."
+                f"rounds, up to {LONGEST}, and only timing='awc' leaves an exchange in flight."
             )
         if made.chunk_bytes % ALIGN or not ALIGN <= made.chunk_bytes <= LARGEST_MESSAGE:
             raise ConfigError(

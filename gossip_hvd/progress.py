@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from gossip_hvd.flight import Flight
-from gossip_hvd.transport import PAUSE
 from gossip_hvd.waits import Facts, waiting
 
 Steps = Iterator[Flight]
@@ -60,14 +59,13 @@ class CallerProgress:
 
 
 class ThreadProgress:
-    """Moves a flight from a thread of its own, which sleeps while nothing is in flight."""
+    """Moves flights from a thread of its own, which sleeps while nothing is in flight."""
 
     def __init__(self) -> None:
-        self._flight: Flight | None = None
+        self._flights: list[Flight] = []
         self._work = threading.Event()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._asked_back = threading.Event()
+        # Held while the thread polls: a flight changes hands between two polls.
+        self._polling = threading.Lock()
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="gossip-progress", daemon=True)
@@ -76,58 +74,59 @@ class ThreadProgress:
     def take(self, flight: Flight) -> None:
         """Poll ``flight`` from the thread until it has arrived."""
         flight.hand_over()
-        self._flight = flight
-        self._idle.clear()
-        self._work.set()
+        with self._polling:
+            self._flights.append(flight)
+            self._work.set()
 
     def arrived(self, flight: Flight) -> bool:
-        """Wait a moment for the thread; True once it has let go of the flight."""
-        done = self._idle.wait(PAUSE)
+        """True once the thread has let go of the flight."""
         if self._error is not None:
             raise self._error
-        return done
+        return flight.arrived
 
     def release(self, flight: Flight) -> None:
-        """Stop to poll ``flight``; returns when the thread has."""
-        self._flight = None
-        self._asked_back.set()
-        self._idle.wait()
-        self._asked_back.clear()
+        """Stop to poll ``flight``."""
+        with self._polling:
+            self._let_go(flight)
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
         """End the thread; a flight under way is left where it is."""
-        self._closed = True
-        self._work.set()
+        with self._polling:
+            self._closed = True
+            self._work.set()
         self._thread.join(timeout=10.0)
 
     def _run(self) -> None:
-        while True:
+        pause = SHORTEST_PAUSE
+        while not self._closed:
             self._work.wait()
-            self._work.clear()
-            if self._closed:
-                return
-            try:
-                self._fly()
-            except BaseException as error:
-                self._error = error
-            self._flight = None
-            self._idle.set()
-
-    def _fly(self) -> None:
-        """Poll until the flight has arrived or is asked back."""
-        flight, pause = self._flight, SHORTEST_PAUSE
-        while flight is not None and not flight.arrived and not self._closed:
-            before = flight.seat.record.count
-            flight.poll()
-            moved = flight.seat.record.count != before
+            with self._polling:
+                moved = self._poll()
             # Fast links find something at nearly every poll; slow ones need few polls.
             pause = SHORTEST_PAUSE if moved else min(1.5 * pause, LONGEST_PAUSE)
-            if self._flight is None:
-                break
-            self._asked_back.wait(pause)
-        if flight is not None:
+            time.sleep(pause)
+
+    def _poll(self) -> bool:
+        """Poll every flight once; whether anything has moved."""
+        flights = tuple(self._flights)
+        before = [flight.moved() for flight in flights]
+        try:
+            for flight in flights:
+                flight.poll()
+                if flight.arrived:
+                    self._let_go(flight)
+        except BaseException as error:
+            self._error = error
+            self._flights.clear()
+        if not self._flights:
+            self._work.clear()
+        return before != [flight.moved() for flight in flights]
+
+    def _let_go(self, flight: Flight) -> None:
+        if flight in self._flights:
+            self._flights.remove(flight)
             flight.hand_over()
 
 

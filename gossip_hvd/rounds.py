@@ -6,7 +6,7 @@ engine lowers each transfer to messages between ranks (see ``flight.py``). Nothi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 WEIGHTS = "weights"
@@ -75,6 +75,24 @@ class Round:
     number: int
     stages: tuple[Stage, ...] = ()
     blocking: bool = False
+
+
+def damped(round_: Round, factor: float) -> Round:
+    """The same round with the weights of its mixing times ``factor``; exact averages stay exact.
+
+    W becomes (1 − f) I + f W, whose sums are what they were.
+    """
+    if factor == 1.0:
+        return round_
+
+    def scaled(transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
+        return tuple(replace(t, weight=factor * t.weight) for t in transfers)
+
+    stages = (
+        replace(s, sends=scaled(s.sends), receives=scaled(s.receives)) if s.rule == "mix" else s
+        for s in round_.stages
+    )
+    return replace(round_, stages=tuple(stages))
 
 
 def exact_mean(number: int, me: int, nodes: int, slot: str = WEIGHTS) -> Round:

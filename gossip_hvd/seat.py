@@ -51,6 +51,18 @@ class Arena:
         return self._memory[start : start + self._sizes[key]]
 
 
+class Lane:
+    """The memory of one flight, to receive into and to send from; flights in turn share one."""
+
+    def __init__(self) -> None:
+        self.incoming, self.outgoing = Arena(), Arena()
+
+    def lay(self, incoming: Mapping[Any, int], outgoing: Mapping[Any, int]) -> None:
+        """See ``Arena.lay``."""
+        self.incoming.lay(incoming)
+        self.outgoing.lay(outgoing)
+
+
 @dataclass
 class Seat:
     """What one rank brings to every flight: its place, its wire, its memory.
@@ -95,7 +107,7 @@ class Seat:
         self.ranks = sizes[self.node]
         self.siblings = [r for r in self.cluster.nodes[self.node] if r != self.rank]
         self.share = self.layout.share(self.ranks, self.index)
-        self.incoming, self.outgoing = Arena(), Arena()
+        self.lanes = [Lane()]
         self._grids = {
             "segments": self.layout.segment_grid(sizes, self.largest),
             "parts": self.layout.part_grid(len(sizes), sizes),

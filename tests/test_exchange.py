@@ -24,7 +24,7 @@ from gossip_hvd.transport.exchange import (
     tag_of,
 )
 from gossip_hvd.transport.memory import MemoryWire, Switchboard
-from gossip_hvd.transport.traffic import DELAY, Traffic
+from gossip_hvd.transport.traffic import DELAY, LATE, Traffic
 
 
 def exchange_of(
@@ -198,6 +198,25 @@ def test_a_younger_exchange_takes_what_the_older_leaves() -> None:
         first.poll()
     second.poll()
     assert asked(wire) == [20, 10, 11, 12, 13, 21, 22, 23], "now it is the oldest"
+
+
+def test_a_younger_flight_moves_while_the_olders_peers_are_late() -> None:
+    now = [0.0]
+    traffic = Traffic(2, clock=lambda: now[0])
+    for flight in (0, 1):
+        traffic.begin((flight, 0))
+    assert traffic.take((0, 0), 1, 1.0, 1)
+    assert not traffic.take((1, 0), 2, 1.0, 1)
+    now[0] += LATE / 2
+    assert traffic.take((0, 0), 1, 1.0, 1), "the clock runs from the last that was asked for"
+    now[0] += 0.9 * LATE
+    assert not traffic.take((1, 0), 2, 1.0, 1)
+    now[0] += 0.2 * LATE
+    assert traffic.take((1, 0), 2, 1.0, 1)
+    assert not traffic.take((1, 0), 2, 1.0, 1), "one message of a flow"
+    traffic.give_back((1, 0), 2, 1)
+    traffic.give_back((0, 0), 1, 1)
+    assert not traffic.take((1, 0), 2, 1.0, 1), "the older has come to life"
 
 
 def test_every_peer_has_its_part_and_a_silent_one_delays_no_other() -> None:

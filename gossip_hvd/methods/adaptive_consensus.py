@@ -27,7 +27,7 @@ from gossip_hvd.errors import ConfigError
 from gossip_hvd.methods.contract import Context, State
 from gossip_hvd.methods.over import Over, OverState
 from gossip_hvd.methods.registry import registered
-from gossip_hvd.rounds import Round, Stage, Transfer
+from gossip_hvd.rounds import Round, damped
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,4 @@ class AdaptiveConsensus(Over):
     def plan(self, state: State, number: int, me: int) -> Round:
         """See ``Method.plan``."""
         assert isinstance(state, AdaptiveConsensusState)
-        plan = super().plan(state, number, me)
-        if state.factor == 1.0:
-            return plan
-        return replace(plan, stages=tuple(_weaker(s, state.factor) for s in plan.stages))
-
-
-def _weaker(stage: Stage, factor: float) -> Stage:
-    """A mixing stage with its weights times ``factor``; exact averages stay exact."""
-    if stage.rule != "mix":
-        return stage
-
-    def scaled(transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
-        return tuple(replace(t, weight=factor * t.weight) for t in transfers)
-
-    return replace(stage, sends=scaled(stage.sends), receives=scaled(stage.receives))
+        return damped(super().plan(state, number, me), state.factor)

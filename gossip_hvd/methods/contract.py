@@ -181,6 +181,15 @@ class Method:
         """Whether the learning rate must be reported before every round and step."""
         return False
 
+    @property
+    def linear(self) -> bool:
+        """Whether a round is X ← W X and no more.
+
+        Then it may be posted before the last one has been merged: what it plans and sends depends
+        on nothing that a round brings.
+        """
+        return False
+
     def when(self, number: int) -> Moment:
         """When round ``number`` runs: after the local step, or before it, after the reduction."""
         return "step"

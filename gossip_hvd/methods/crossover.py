@@ -64,6 +64,11 @@ class Crossover(Method):
     peers: str = "fair"
     stream: int = 1
 
+    @property
+    def linear(self) -> bool:
+        """See ``Method.linear``."""
+        return True
+
     def start(self, nodes: int, segments: int, seed: int) -> State:
         """See ``Method.start``; refuses unknown kinds of peers."""
         if self.peers not in PEERS:

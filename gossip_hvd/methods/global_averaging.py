@@ -149,6 +149,11 @@ class GossipAGA(Averaging):
     rule: Rule = field(default=adapted_period, repr=False)
 
     @property
+    def linear(self) -> bool:
+        """The next period depends on the losses that a round brings."""
+        return False
+
+    @property
     def needs_loss(self) -> bool:
         """The rule compares losses."""
         return True

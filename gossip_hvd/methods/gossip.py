@@ -194,6 +194,11 @@ class Gossip(OverGraph):
 
     stream: int = 1
 
+    @property
+    def linear(self) -> bool:
+        """See ``Method.linear``."""
+        return True
+
     def start(self, nodes: int, segments: int, seed: int) -> State:
         """See ``Method.start``."""
         require_stream(self, self.stream)

@@ -90,6 +90,11 @@ class GossipGraD(History, Method):
         """Gradients before the local step, weights after it."""
         return "reduction" if self.payload == "gradients" else "step"
 
+    @property
+    def linear(self) -> bool:
+        """See ``Method.linear``."""
+        return True
+
     def start(self, nodes: int, segments: int, seed: int) -> State:
         """See ``Method.start``."""
         if self.partners not in PARTNERS:

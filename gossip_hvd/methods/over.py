@@ -101,6 +101,11 @@ class Over(Method):
         """See ``Method.needs_rate``."""
         return self.inner.needs_rate
 
+    @property
+    def linear(self) -> bool:
+        """See ``Method.linear``."""
+        return self.inner.linear
+
     def when(self, number: int) -> Moment:
         """See ``Method.when``."""
         return self.inner.when(number)

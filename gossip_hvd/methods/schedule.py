@@ -109,6 +109,11 @@ class Schedule(Method):
         """See ``Method.needs_rate``."""
         return any(m.needs_rate for m in self.methods.values())
 
+    @property
+    def linear(self) -> bool:
+        """See ``Method.linear``."""
+        return all(m.linear for m in self.methods.values())
+
     def when(self, number: int) -> Moment:
         """See ``Method.when``."""
         _, first, method = self.phase(number)

@@ -3,9 +3,9 @@
 A link that carries two rounds, or several peers' flows, at the same time serves each of them
 slowly, and what is needed first then comes last. So the oldest flight may have under way what the
 link moves in ``DELAY`` seconds, enough to keep it busy. A younger one moves only while nothing of
-an older is under way, one message of every flow at a time: it takes what the older leaves, as where
-the older's peers are late. Inside a flight every peer's flow has its own part, so that a late peer
-delays nobody else's.
+an older is under way, or of what an older has asked for nothing has come for ``LATE`` seconds, one
+message of every flow at a time: it takes what the older leaves, as where the older's peers are
+late. Inside a flight every peer's flow has its own part, so that a late peer delays nobody else's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from collections.abc import Callable
 
 DELAY = 0.05
 """Seconds that a message may queue on the way; long beside the time between two polls."""
+
+LATE = 0.2
+"""Seconds without a message after which a flight's peers are taken to be late."""
 
 Turn = tuple[int, int]
 """Flight and stage: the smaller is the older."""
@@ -43,6 +46,7 @@ class Traffic:
         self._adapts, self._clock = adapts, clock
         self._open: Counter[Turn] = Counter()
         self._under_way: Counter[tuple[Turn, int]] = Counter()
+        self._stirred: dict[Turn, float] = {}
         self._moved, self._since = 0, 0.0
         # One thread may finish a flight while another moves the next.
         self._lock = threading.Lock()
@@ -57,6 +61,8 @@ class Traffic:
         with self._lock:
             self._open[turn] -= 1
             self._open += Counter()  # forgets what has come to nothing
+            if turn not in self._open:
+                self._stirred.pop(turn, None)
 
     def take(self, turn: Turn, peer: int, part: float, nbytes: int) -> bool:
         """Whether ``nbytes`` more may be under way now; they count from now on if so.
@@ -74,6 +80,7 @@ class Traffic:
             if self.limit is not None and not self._allows(flow, part, nbytes):
                 return False
             self._under_way[flow] += nbytes
+            self._stirred[turn] = self._clock()
             return True
 
     def give_back(self, turn: Turn, peer: int, nbytes: int) -> None:
@@ -84,6 +91,7 @@ class Traffic:
             if not self._under_way[flow]:
                 del self._under_way[flow]
             self._moved += nbytes
+            self._stirred[turn] = self._clock()
             if self._adapts and self._least is not None:
                 passed = self._clock() - self._since
                 if passed >= DELAY:
@@ -95,4 +103,7 @@ class Traffic:
         turn, mine = flow[0], self._under_way[flow]
         if turn == min(self._open):
             return not mine or mine + nbytes <= self.limit * part
-        return not mine and not any(other < turn for other, _ in self._under_way)
+        if mine:
+            return False
+        late = self._clock() - LATE
+        return all(other >= turn or self._stirred[other] < late for other, _ in self._under_way)

@@ -396,8 +396,7 @@ class Waits(LAYERS.Layer):
 
     def look(self) -> np.ndarray:
         engine = self.gossip.engine if self.gossip and self.gossip.begun else None
-        flight = None if engine is None else engine._flying
-        if flight is not None:
+        for flight in () if engine is None else engine._flying:
             until = time.monotonic() + 20.0
             while not flight.arrived and time.monotonic() < until:
                 time.sleep(0.001)
