@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("methods", "reductions", "finite"),
     ("mixing", "rounds"),
     ("topology", "segments"),
-    ("draws", "schedules"),
+    ("draws", "schedules", "staleness"),
     ("__init__",),
     ("errors",),
 )

@@ -15,7 +15,7 @@ that j gives to i, the second line reads
 | z_i | slot ``"weights"`` |
 | w_i, ps-weight | ``PushSumState.mass`` |
 | p_ij | ``topology``'s columns |
-| τ of overlap SGP | ``timing="awc"``, ``staleness=τ − 1`` |
+| τ of overlap SGP | ``timing="awc"``, ``staleness=τ − 1``: one exchange at a time |
 
 Cost: M bytes and one message a segment, a node and a peer, and one small note.
 
