@@ -87,18 +87,18 @@ def synchronize(handle: Any) -> Any:
     if isinstance(handle, Pending):
         return handle.synchronize()
     current = session.current()
-    return watched(handle, current.waits_for(range(current.world.size), "synchronize"))
+    return watched(handle, lambda: current.waits_for(range(current.world.size), "synchronize"))
 
 
-def watched(handle: int, facts: Facts) -> Any:
+def watched(handle: int, facts: Callable[[], Facts]) -> Any:
     """As Horovod's ``synchronize``, which would wait for ever.
 
     Args:
         handle: Horovod's.
-        facts: who waits for whom.
+        facts: says who waits for whom; not asked where there is nothing to wait for.
     """
     if not horovod.poll(handle):
-        with waiting(facts) as wait:
+        with waiting(facts()) as wait:
             while not horovod.poll(handle):
                 wait.check()
                 time.sleep(0 if time.monotonic() - wait.since < PAUSE else PAUSE / 4)
@@ -143,7 +143,8 @@ def begin(
             name = session.current().operations.next_name(kind, -1 - inside.process_set_id)
         handle = _at_horovod(kind, sources, name, inside, grouped, inplace, details)
         done: Callable[[], bool] = partial(horovod.poll, handle)
-        facts = session.current().waits_for(process_set.ranks or (), f"{kind} {name!r}")
+        ranks, what = process_set.ranks or (), f"{kind} {name!r}"
+        facts = partial(session.current().waits_for, ranks, what)
         wait: Callable[[], Any] = partial(watched, handle, facts)
     else:
         done, wait = _ours(kind, sources, name, number_of(process_set), inplace, details)

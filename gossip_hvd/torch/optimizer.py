@@ -186,7 +186,8 @@ class TorchGossip(Gossip):
         if process_set is not None:
             name = f"{self.key}.loss"
             handle = horovod.allreduce_async(value, name=name, process_set=process_set)
-            value = watched(handle, self.session.waits_for(self.session.node_ranks, "report_loss"))
+            ranks = self.session.node_ranks
+            value = watched(handle, lambda: self.session.waits_for(ranks, "report_loss"))
         self.engine.loss = float(value)
 
     def trains(self, parameter: torch.Tensor) -> bool:

@@ -78,6 +78,13 @@ class NodeReduction:
         begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.options, self._process_set, self._scale = options, process_set, scale
+        factor = options.gradient_predivide_factor if options.op == hvd.Average else 1.0
+        self._arguments = {
+            "op": options.op,
+            "prescale_factor": 1.0 / factor,
+            "postscale_factor": factor,
+            "process_set": process_set,
+        }
         self._siblings = siblings
         self._reduced: dict[int, torch.Tensor] = {}
         self.passes = options.backward_passes_per_step
@@ -206,7 +213,9 @@ class NodeReduction:
 
     def _launch(self, bundle: _Bundle) -> None:
         """Start to reduce; a gradient that this rank did not compute counts as zero."""
-        members = [(n, p) for n, p in bundle.members if p.requires_grad]
+        members = bundle.members
+        if not all(p.requires_grad for _, p in members):
+            members = [(n, p) for n, p in members if p.requires_grad]
         tensors, contexts = [], []
         for name, parameter in members:
             tensor, context = self._prepare(name, parameter)
@@ -214,22 +223,13 @@ class NodeReduction:
             contexts.append(context)
         handle = None
         if self._process_set is not None:
-            options = self.options
-            factor = options.gradient_predivide_factor
-            average = options.op == hvd.Average
-            arguments = {
-                "name": f"{self._prefix}.{members[0][0]}",
-                "op": options.op,
-                "prescale_factor": 1.0 / factor if average else 1.0,
-                "postscale_factor": factor if average else 1.0,
-                "process_set": self._process_set,
-            }
+            name = f"{self._prefix}.{members[0][0]}"
             if tensors[0].is_sparse:
-                handle = sparse.begin(tensors[0], arguments["name"], self._process_set)
+                handle = sparse.begin(tensors[0], name, self._process_set)
             elif len(tensors) == 1:
-                handle = hvd.allreduce_async_(tensors[0], **arguments)
+                handle = hvd.allreduce_async_(tensors[0], name=name, **self._arguments)
             else:
-                handle = hvd.grouped_allreduce_async_(tensors, **arguments)
+                handle = hvd.grouped_allreduce_async_(tensors, name=name, **self._arguments)
         bundle.launched = (handle, members, tensors, contexts)
 
     def _prepare(self, name: str, parameter: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -276,7 +276,7 @@ class NodeReduction:
             self._wait(handle, members[0][0])
         for (_, parameter), tensor, context in zip(members, tensors, contexts, strict=True):
             gradient = parameter.grad
-            if handle is not None:
+            if handle is not None and tensor is not gradient:
                 target = torch.view_as_real(gradient) if gradient.is_complex() else gradient
                 result = self.options.compression.decompress(tensor, context)
                 if result.data_ptr() != target.data_ptr():
@@ -295,7 +295,7 @@ class NodeReduction:
         return sparse.nothing(parameter, dims)
 
     def _wait(self, handle: int, name: str) -> Any:
-        return watched(handle, self._siblings(f"average the gradient of {name!r}"))
+        return watched(handle, lambda: self._siblings(f"average the gradient of {name!r}"))
 
 
 def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
