@@ -6,7 +6,7 @@ Every operation is a generator of the flights it waits for, so that a caller may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from copy import copy
 
 import numpy as np
@@ -22,6 +22,8 @@ from gossip_hvd.rounds import WEIGHTS, Round, damped, exact_mean
 from gossip_hvd.seat import Lane, Seat
 from gossip_hvd.staleness import damping
 from gossip_hvd.transport import Bytes
+from gossip_hvd.vote import Vote
+from gossip_hvd.waits import Subject
 
 
 class Engine:
@@ -140,7 +142,7 @@ class Engine:
             if self._flying and self.owed <= self.credit:
                 # A round before the local step cannot wait: its result is needed now.
                 patient = self.method.when(self.number) == "step"
-                if patient and not self._progress.arrived(self._flying[0]):
+                if patient and not (yield from self._arrived()):
                     return
             yield from self._turn()
 
@@ -148,7 +150,7 @@ class Engine:
         """Run every round that is owed and land the one in flight."""
         while self.owed:
             yield from self._turn()
-        yield from self._bring_in()
+        yield from self._bring_in(self._flying)
 
     def discard(self) -> Steps:
         """Run what is owed and in flight, since peers wait for it; keep the weights as they are.
@@ -231,7 +233,7 @@ class Engine:
         """
         ahead: Flight | None = None
         if self.staleness and self.method.linear:
-            yield from self._bring_in(self._may_stay)
+            yield from self._bring_in((yield from self._due()))
         elif self._flying:
             ahead = self._land(self._flying[0])
             if ahead.own_note.size:  # the next plan may depend on notes
@@ -243,7 +245,7 @@ class Engine:
         self.number += 1
         late = self.flies_late(plan)
         if not late:
-            yield from self._bring_in()
+            yield from self._bring_in(self._flying)
             if ahead is not None:
                 yield from self._merge(ahead)
                 yield from self._settle(ahead)
@@ -290,17 +292,28 @@ class Engine:
             self._finish(flight)
         return flight
 
-    def _bring_in(self, stays: Callable[[Flight], bool] = lambda flight: False) -> Steps:
-        """Land and merge what is under way, the oldest first, but for what may stay."""
-        for flight in tuple(self._flying):
-            if not stays(flight):
-                yield from self._merge(self._land(flight))
-                yield from self._settle(flight)
+    def _bring_in(self, flights: Sequence[Flight]) -> Steps:
+        """Land and merge these, the oldest first."""
+        for flight in tuple(flights):
+            yield from self._merge(self._land(flight))
+            yield from self._settle(flight)
 
-    def _may_stay(self, flight: Flight) -> bool:
-        """Whether a flight has not arrived, and is young enough to be let be."""
-        young = self.number - flight.round.number <= self.staleness
-        return young and not self._progress.arrived(flight)
+    def _due(self) -> Generator[Subject, None, list[Flight]]:
+        """What has arrived on all ranks of the node, or is too old to be let be."""
+        arrived = yield from self._arrived()
+        oldest = self.number - self.staleness
+        return [f for f in self._flying if f in arrived or f.round.number < oldest]
+
+    def _arrived(self) -> Generator[Subject, None, list[Flight]]:
+        """What has arrived on all ranks of the node."""
+        found = [self._progress.arrived(flight) for flight in self._flying]
+        if self.seat.siblings and self._flying:
+            vote = Vote(self.seat, self._sequence + 1, found)
+            while not vote.poll():
+                self.poll()
+                yield vote
+            found = vote.unanimous
+        return [flight for flight, yes in zip(self._flying, found, strict=True) if yes]
 
     def _free_lane(self) -> Lane:
         taken = {flight.lane for flight in self._flying}
@@ -323,6 +336,7 @@ class Engine:
     def _settle(self, merged: Flight) -> Steps:
         """Wait until the node's ranks have each other's shares."""
         while not merged.poll():
+            self.poll()
             yield merged
         self.seat.memory.save(self.method.writes)
 

@@ -57,11 +57,6 @@ class Gossip:
         options: EngineOptions,
         facts: Mapping[str, object],
     ) -> None:
-        if options.staleness and max(current.cluster.node_sizes) > 1:
-            raise ConfigError(
-                f"staleness={options.staleness} with nodes of several ranks: each would decide by "
-                "itself whether to wait, and they would part. Use staleness=0, or node_size=1."
-            )
         self.session, self.method, self.options = current, method, options
         self._number = next(_counter)
         self.key = f"gossip_hvd.{self._number}"

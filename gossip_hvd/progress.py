@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from gossip_hvd.flight import Flight
-from gossip_hvd.waits import Facts, waiting
+from gossip_hvd.waits import Facts, Subject, waiting
 
-Steps = Iterator[Flight]
-"""An operation under way: each item is the flight it waits for; polled by asking for the next."""
+Steps = Iterator[Subject]
+"""An operation under way: each item is what it waits for; polled by asking for the next."""
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 2e-4, 2e-3
 """Seconds between two polls: while messages complete, and after none has for a while."""
@@ -131,16 +131,16 @@ class ThreadProgress:
 
 
 def drive(steps: Steps) -> None:
-    """Run an operation to its end; the watch hears of every flight that it waits for.
+    """Run an operation to its end; the watch hears of all that it waits for.
 
     Raises:
         StallError: names rank, round, segment and peer of the first message that is missing.
     """
     last, pause = -1, 0.0
     with waiting(NOTHING) as wait:
-        for flight in steps:
-            wait.subject = flight
-            count = flight.seat.record.count
+        for subject in steps:
+            wait.subject = subject
+            count = subject.moved()
             if count != last:
                 last, pause = count, 0.0
                 continue

@@ -10,7 +10,6 @@ import numpy as np
 
 from gossip_hvd.engine import Engine
 from gossip_hvd.errors import StallError
-from gossip_hvd.flight import Flight
 from gossip_hvd.memory import PlainMemory
 from gossip_hvd.methods import Method
 from gossip_hvd.mixing import Array, dtype_of
@@ -21,6 +20,7 @@ from gossip_hvd.seat import Seat
 from gossip_hvd.segments import LARGEST_MESSAGE, Layout
 from gossip_hvd.transport.faults import NONE, Faults
 from gossip_hvd.transport.memory import Switchboard
+from gossip_hvd.waits import Subject
 
 Update = Callable[[int, Array], None]
 """The local step of one node: changes its flat weights in place."""
@@ -160,7 +160,7 @@ class Simulation:
             StallError: names who waits for whom.
         """
         going = dict(enumerate(operations))
-        waits: dict[int, Flight] = {}
+        waits: dict[int, Subject] = {}
         last, idle, size = -1, 0, self.cluster.size
         for turn in itertools.count():
             if not going or idle > patience:

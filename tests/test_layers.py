@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("progress",),
     ("shuffle", "checkpoint", "observe"),
     ("flight",),
-    ("gather", "lowering"),
+    ("gather", "lowering", "vote"),
     ("seat",),
     ("memory", "node", "options", "agreement", "blocks", "negotiation"),
     ("joining",),

@@ -26,7 +26,7 @@ from gossip_hvd.recorder import Recorder
 from gossip_hvd.transport import Bytes, Wire
 from gossip_hvd.transport.traffic import Traffic, Turn
 
-KINDS = {"data": 0, "word": 1, "note": 2, "gather": 3}
+KINDS = {"data": 0, "word": 1, "note": 2, "gather": 3, "vote": 4}
 SLOTS = 4
 SEQUENCES = 16
 WORD = 24

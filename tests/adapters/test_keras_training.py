@@ -379,8 +379,7 @@ def test_functional_and_subclassed_models(me: Rank) -> None:
 
 @on_ranks(on(BOTH, [Job(4), *BOTH_SCOPES]))
 def test_overlapped_rounds_on_a_narrow_wire(me: Rank) -> None:
-    late = {"staleness": 1} if len(me.nodes) == me.size else {}
-    model = trained(me, sgd(timing="awc", wire_dtype="bfloat16", **late), epochs=3)
+    model = trained(me, sgd(timing="awc", wire_dtype="bfloat16", staleness=1), epochs=3)
     model.optimizer.gossip.drain()
     assert_nodes_agree(me, model)
     assert model.optimizer.gossip.round == 12
