@@ -220,14 +220,24 @@ def run(fault: Fault) -> Seen:
         began = re.findall(r"trouble at ([0-9.]+)", outcome.out)
         after = ended - float(min(began)) if began else float("nan")
         drafts = [p for p in folder.rglob("*") if p.suffix in DRAFTS]
-        left = [*Path(shared).iterdir(), *drafts, *temporary.iterdir(), *_torch_memory() - before]
+        # A Python that is killed leaves the folder of its multiprocessing.
+        others = [p for p in temporary.iterdir() if not p.name.startswith("pymp-")]
+        left = [*Path(shared).iterdir(), *drafts, *others, *_torch_memory() - before]
         return Seen(outcome, after, then, tuple(map(str, left)))
 
 
 def _torch_memory() -> set[Path]:
     """PyTorch's shared memory of processes that have ended: ``torch_<process>_<more>``."""
     found = ((p, p.name.split("_")[1]) for p in Path("/dev/shm").glob("torch_*_*"))
-    return {p for p, process in found if not Path("/proc", process).exists()}
+    return {p for p, process in found if not _lives(process)}
+
+
+def _lives(process: str) -> bool:
+    """Whether a process is there; one that has ended and waits for its parent has no command."""
+    try:
+        return bool(Path("/proc", process, "cmdline").read_bytes())
+    except OSError:
+        return False
 
 
 def run_all(faults: Sequence[Fault]) -> Iterator[tuple[Fault, Seen]]:
