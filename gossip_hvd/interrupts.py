@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
@@ -51,9 +52,10 @@ def end_on_unheard_interrupts(rank: int, end: End) -> None:
                 with suppress(OSError):  # Whoever listened before us still does.
                     os.write(before, said)
             if signal.SIGINT in said and signal.getsignal(signal.SIGINT) is hear:
-                threading.Timer(UNHEARD, look, [standing()]).start()
+                threading.Thread(target=look, args=[standing()], daemon=True).start()
 
     def look(stood: Sequence[Wait]) -> None:
+        time.sleep(UNHEARD)
         still = [wait for wait in standing() if wait in stood]
         if still and not heard.is_set():
             sys.stderr.write(
