@@ -19,8 +19,11 @@ from launch import Outcome, launch
 AT_ONCE = 3
 """Launches at the same time."""
 
-LIMIT = 100.0
-"""Seconds after which a launch has failed to end by itself."""
+LIMIT = 200.0
+"""Seconds after which a launch has failed to end by itself; a busy machine is slow to start."""
+
+LATE = 50.0
+"""Seconds after which no fault has ended a job but a sleeper of 60 that woke up."""
 
 DRAFTS = (".tmp", ".draft")
 """Names of files that are not yet whole: of records and of checkpoints."""
@@ -184,6 +187,8 @@ class Seen:
             found.append("it had to be ended")
         elif self.outcome.code != fault.code:
             found.append(f"exit code {self.outcome.code} in place of {fault.code}")
+        if fault.code and self.after > LATE:
+            found.append(f"over only after {self.after:.0f} s")
         if not re.search(fault.words, self.outcome.text):
             found.append(f"nobody said {fault.words!r}")
         if self.then is not None and self.then.code != 0:

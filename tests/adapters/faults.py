@@ -190,7 +190,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "SIGTERM of a rank that keeps records, deep in a wait",
-        "train(4000, 20, lambda: (later(1, kill, signal.SIGTERM), time.sleep(30)), ranks=(0,))",
+        "train(4000, 20, lambda: (later(1, kill, signal.SIGTERM), time.sleep(60)), ranks=(0,))",
         143,
         terminated("0"),
         environ=NEVER | {"GOSSIP_HVD_RECORD_DIR": "{folder}/records"},
@@ -226,7 +226,7 @@ FAULTS: tuple[Fault, ...] = (
         "    say()\n"
         "    later(1, os.kill, os.getpid(), signal.SIGINT)\n"
         "    hvd.shutdown()\n"
-        "time.sleep(30)",
+        "time.sleep(60)",
         1,
         interrupted(1, "shutdown"),
     ),
@@ -244,7 +244,7 @@ FAULTS: tuple[Fault, ...] = (
         "    used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20),) * 2)\n"
         "distributed(model)\n"
-        "time.sleep(30)",
+        "time.sleep(60)",
         1,
         r"rank 1 raised; the job ends(.|\n)*in distributed\n(.|\n)*([Nn]ot enough memory|"
         r"MemoryError|can't allocate)",
@@ -421,7 +421,9 @@ FAULTS: tuple[Fault, ...] = (
         1,
         r"WORLD_SIZE=2, and MPI knows one rank: ranks were started by torchrun,.*"
         r"Start them with horovodrun --mpi or mpirun",
-        environ=NEVER | {"PET_LOG_DIR": "{folder}/log"},  # torchrun leaves one by default
+        # torchrun leaves its log, and kills the slower rank, whose MPI leaves its folder.
+        environ=NEVER
+        | {"PET_LOG_DIR": "{folder}/log", "OMPI_MCA_orte_tmpdir_base": "{folder}/mpi"},
         launcher="torchrun",
     ),
     Fault(
