@@ -32,7 +32,23 @@ def fit(at_batch):
 """
 
 INTERRUPT = "os.kill, os.getpid(), signal.SIGINT"
-RANK = "os.environ['OMPI_COMM_WORLD_RANK']"
+
+STARTING = f"""
+from gossip_hvd import session
+from gossip_hvd.transport import mpi
+
+def at(owner, name, seconds):
+    # Rank 0 comes there so much later; rank 1 is interrupted 2 s after it has come.
+    real = getattr(owner, name)
+    def call(*arguments):
+        if os.environ["OMPI_COMM_WORLD_RANK"] == "0":
+            time.sleep(seconds)
+        else:
+            say()
+            later(2, {INTERRUPT})
+        return real(*arguments)
+    setattr(owner, name, call)
+"""
 
 SIGNALS: tuple[Fault, ...] = (
     Fault(
@@ -89,38 +105,19 @@ SIGNALS: tuple[Fault, ...] = (
     ),
     Fault(
         "interrupt of a rank in init",
-        "from gossip_hvd import session\n"
-        f"if {RANK} == '0':\n"
-        "    session.require_agreement = lambda *_: time.sleep(60)\n"
-        "else:\n"
-        "    say()\n"
-        f"    later(3, {INTERRUPT})\n"
-        "train(9)",
+        f"{STARTING}at(session, 'require_agreement', 60)\ntrain(9)",
         1,
         interrupted(1, "require_agreement"),
     ),
     Fault(
         "interrupt of a rank while MPI starts, which another does 6 s later and then sleeps",
-        "from gossip_hvd import session\n"
-        "say()\n"
-        f"if {RANK} == '0':\n"
-        "    time.sleep(6)\n"
-        "    session.require_agreement = lambda *_: time.sleep(60)\n"
-        "else:\n"
-        f"    later(2, {INTERRUPT})\n"
-        "train(9)",
+        f"{STARTING}at(mpi, 'start', 6)\nat(session, 'require_agreement', 60)\ntrain(9)",
         1,
         interrupted(1),
     ),
     Fault(
         "interrupt of a rank that starts Horovod with one that does not",
-        "from gossip_hvd import session\n"
-        f"if {RANK} == '0':\n"
-        "    session._start_horovod = lambda *_: time.sleep(60)\n"
-        "else:\n"
-        "    say()\n"
-        f"    later(2, {INTERRUPT})\n"
-        f"train(9, {TWO_NODES})",
+        f"{STARTING}at(session, '_start_horovod', 60)\ntrain(9, {TWO_NODES})",
         1,
         r"gossip_hvd: rank 1 was interrupted; the job ends\. rank 1 \(node 0\) waits for "
         r"ranks \[0\] to start Horovod, and cannot break off\.",
