@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from gossip_hvd import __version__
 from gossip_hvd.agreement import require_agreement
 from gossip_hvd.endings import end_on_errors, record_on_sigterm
 from gossip_hvd.errors import ConfigError, unknown
+from gossip_hvd.interrupts import end_on_unheard_interrupts
 from gossip_hvd.node import Cluster
 from gossip_hvd.operations import Operations
 from gossip_hvd.settings import PREFIX, SCOPES, VARIABLES, refuse_unknown, setting
@@ -249,7 +250,13 @@ def _start(arguments: dict[str, Any]) -> Session:
     scope = arguments["horovod_scope"]
     if scope not in SCOPES:
         raise unknown("horovod_scope", scope, SCOPES)
-    MPI = mpi.start()
+    try:
+        MPI = mpi.start()
+    except KeyboardInterrupt:
+        # Heard only once MPI runs, whose own end would wait for ranks that wait for this one.
+        rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+        end_on_errors(rank, lambda _, code: os._exit(code))
+        raise
     comm = arguments["comm"]
     if comm is None:
         comm = MPI.COMM_WORLD
@@ -309,7 +316,8 @@ def _watch(MPI: Any, comm: Any) -> Watch:
         # Where MPI cannot reach its launcher any more, this rank at least must go.
         leave = threading.Timer(ABORT, os._exit, [code])
         leave.daemon = True
-        leave.start()
+        with suppress(RuntimeError):  # Where memory has run out there is no further thread.
+            leave.start()
         if MPI.COMM_WORLD.Get_size() > 1 and not MPI.Is_finalized():
             MPI.COMM_WORLD.Abort(code)
         os._exit(code)
@@ -336,6 +344,7 @@ def _watch(MPI: Any, comm: Any) -> Watch:
     end_on_errors(rank, end_because)
     if folder is not None:
         record_on_sigterm(watch.write)
+    end_on_unheard_interrupts(rank, end_because)
     return watch
 
 

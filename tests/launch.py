@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = {
     "mpirun": ["mpirun", "--bind-to", "none", "--oversubscribe", "-np"],
     "horovodrun": ["horovodrun", "-np"],
+    "horovodrun --gloo": ["horovodrun", "--gloo", "-np"],
+    "torchrun": ["torchrun", "--standalone", "--no-python", "--nproc-per-node"],
     "python": [],
 }
 
@@ -73,7 +75,7 @@ def launch(
         program: a file, or the program itself.
         ranks: number of processes.
         arguments: of the program.
-        launcher: ``"mpirun"``, ``"horovodrun"`` or, for one process, ``"python"``.
+        launcher: one of ``LAUNCHERS``; ``"python"`` for one process.
         limit: seconds.
         environ: further variables.
     """

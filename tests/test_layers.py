@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("joining",),
     ("transport",),
     ("watch",),
-    ("inquiry", "terminate"),
+    ("inquiry", "terminate", "interrupts"),
     ("waits", "endings", "letters", "frames", "records", "small"),
     ("settings", "recorder", "requests"),
     ("methods", "reductions", "finite"),

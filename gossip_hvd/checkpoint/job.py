@@ -145,7 +145,9 @@ def save(party: Party, directory: Path, content: Callable[[], Content], keep: in
         found = party.leaders(SAVE, draft.finish)
         whole = Manifest(number, party.cluster.nodes, _files(party, found))
         party.leaders(SAVE, lambda: draft.commit(whole))
-    except BaseException:
+    except CheckpointError:
+        # All ranks have agreed on it. After what one rank alone has met, an interrupt say, the
+        # checkpoint may be whole, and others may be deleting the ones before.
         _forget(party, directory, number)
         raise
     party.leaders(SAVE, lambda: folder.prune(directory, number, keep))

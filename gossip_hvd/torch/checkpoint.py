@@ -279,8 +279,10 @@ def _tensor(tensor: torch.Tensor, name: str) -> Tensor:
 
 
 def _made(tensor: Tensor) -> torch.Tensor:
-    flat = torch.from_numpy(tensor.data).view(DTYPES[tensor.kind.dtype])
-    return flat.reshape(tensor.kind.shape)
+    dtype = DTYPES[tensor.kind.dtype]
+    if not tensor.data.size:  # has no stride in PyTorch, and so no view of another dtype
+        return torch.empty(tensor.kind.shape, dtype=dtype)
+    return torch.from_numpy(tensor.data).view(dtype).reshape(tensor.kind.shape)
 
 
 # Random generators -------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_what_differs_inside_a_node_is_saved_for_each_rank_and_the_rest_once(me:
         optimizer.zero_grad()
         model(torch.randn(8, 40)).square().sum().backward()
         optimizer.step()
-    own = {"name": f"rank {me.rank}", "same": torch.arange(7)}
+    own = {"name": f"rank {me.rank}", "same": torch.arange(7), "empty": torch.zeros(0, 3)}
     with directory(me) as path:
         file = hvd.save_checkpoint(path, model=model, optimizer=optimizer, extra=own)
         size = (file / f"node{me.node:04d}.safetensors").stat().st_size
@@ -232,6 +232,7 @@ def test_what_differs_inside_a_node_is_saved_for_each_rank_and_the_rest_once(me:
     assert found is not None
     assert found.extra["name"] == own["name"]
     assert torch.equal(found.extra["same"], own["same"])
+    assert torch.equal(found.extra["empty"], own["empty"])
     assert torch.equal(torch.rand(3), drawn)
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     means = me.gather(buffers["1.running_mean"])
