@@ -335,7 +335,8 @@ def _watch(MPI: Any, comm: Any) -> Watch:
 
     end_on_errors(rank, end_because)
     if folder is not None:
-        record_on_sigterm(watch.write)
+        # Of the latest session: handlers of signals stay when one ends and another begins.
+        record_on_sigterm(lambda why: _latest is None or _latest.write(why))
     return watch
 
 
