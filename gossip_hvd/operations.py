@@ -34,7 +34,7 @@ from gossip_hvd.requests import (
 from gossip_hvd.small import packed
 from gossip_hvd.transport.mpi import Post, World
 from gossip_hvd.waits import Facts, waiting
-from gossip_hvd.watch import Patience
+from gossip_hvd.watch import Watch
 
 log = logging.getLogger("gossip_hvd")
 
@@ -68,8 +68,10 @@ class Handle:
         response: how it was agreed, once it is done.
     """
 
-    def __init__(self, request: Request, rank: int) -> None:
-        self.request, self._rank = request, rank
+    def __init__(
+        self, request: Request, rank: int, known_by: Callable[[], tuple[int, ...]]
+    ) -> None:
+        self.request, self._rank, self._known_by = request, rank, known_by
         self.results: list[Array] = []
         self.response: Response | None = None
         self._error: BaseException | None = None
@@ -88,13 +90,21 @@ class Handle:
             StallError: past the limit; the coordinator, which knows more, gives up before.
         """
         if not self._done.is_set():
-            text = f"rank {self._rank} waits for {self.request.kind} {self.request.name!r}"
-            with waiting(Facts(text), MARGIN) as wait:
+            with waiting(self, MARGIN) as wait:
                 while not self._done.wait(LOOK):
                     wait.check()
         if self._error is not None:
             raise self._error
         return self.results
+
+    def facts(self) -> Facts:
+        """Who waits for what."""
+        text = f"rank {self._rank} waits for {self.request.kind} {self.request.name!r}"
+        return Facts(text, known_by=self._known_by())
+
+    def moved(self) -> int:
+        """Nothing tells of progress but the end."""
+        return 0
 
     def finish(self, response: Response, results: list[Array]) -> None:
         """Wake up whoever waits."""
@@ -112,16 +122,21 @@ class Operations:
 
     Args:
         world: all ranks.
-        patience: with an operation that some ranks have not asked for.
+        watch: of this rank; its patience holds for operations that some ranks have not asked for.
     """
 
-    def __init__(self, world: World, patience: Patience) -> None:
+    def __init__(self, world: World, watch: Watch) -> None:
         self.rank, self.size = world.rank, world.size
         self._executor = Executor(world)
         self._post: Post = world.post()
         self._coordinator: Coordinator | None = None
         if world.rank == 0:
-            self._coordinator = Coordinator(world.size, patience.stop_after, patience.warn_after)
+            patience = watch.patience
+            self._coordinator = Coordinator(
+                world.size, patience.stop_after, patience.warn_after, watch.known
+            )
+        self._watch, self._looked = watch, -1.0
+        self._leaving: Handle | None = None
         self._numbers: defaultdict[tuple[str, int], Iterator[int]] = defaultdict(itertools.count)
         self._epoch = 0
         self._new: deque[Request] = deque()
@@ -175,11 +190,16 @@ class Operations:
             dtypes=given or tuple(str(values.dtype) for values in inputs),
             **details,
         )
-        asked = Asked(Handle(request, self.rank), list(inputs), list(outputs or ()))
+        handle = Handle(request, self.rank, self._known_by)
+        asked = Asked(handle, list(inputs), list(outputs or ()))
         key = (members, name)
         with self._lock:
             if self._ended is not None:
                 raise OperationError(str(self._ended))
+            if self._leaving is not None:
+                raise OperationError(SHUT_DOWN)
+            if kind == "shutdown":
+                self._leaving = handle
             if key in self._asked:
                 raise OperationError(
                     f"Requested to {kind} a tensor with the same name as another tensor that is "
@@ -189,7 +209,7 @@ class Operations:
             self._asked[key] = asked
             self._new.append(packed(request, asked.inputs, self.rank))
         self._work.set()
-        return asked.handle
+        return handle
 
     def next_name(self, kind: str, members: int = 0) -> str:
         """The name of an operation that was given none: calls match by their order."""
@@ -233,10 +253,23 @@ class Operations:
         with waiting(Facts(text), margin=float("inf")):
             return self._followed.get()
 
+    def _known_by(self) -> tuple[int, ...]:
+        """Who knows, or is, whom this rank's operations wait for."""
+        return self._watch.awaited if self.rank == 0 else (0,)
+
+    def leave(self) -> None:
+        """Ask for nothing any more: what others ask of this rank from now on fails at once.
+
+        What it has asked for before is still carried out.
+        """
+        if self._ended is None and self._leaving is None:
+            self.submit("shutdown", "shutdown")
+
     def close(self) -> None:
-        """Wait until all ranks close, then end the thread; what is under way fails."""
-        if self._ended is None:
-            self.submit("shutdown", "shutdown").wait()
+        """Wait until all ranks have left, then end the thread; what is under way fails."""
+        self.leave()
+        if self._leaving is not None:
+            self._leaving.wait()
         self._thread.join()
         self._executor.free()
         self._post.free()
@@ -282,7 +315,7 @@ class Operations:
             requests.append(self._new.popleft())
         if requests:
             if self._coordinator is not None:
-                self._coordinator.announce(0, requests, time.monotonic())
+                self._coordinator.announce(0, requests, self._watch.clock)
             else:
                 self._post.send(0, encode_requests(requests))
         return bool(requests)
@@ -293,16 +326,23 @@ class Operations:
         if coordinator is None:
             return False
         moved = False
-        now = time.monotonic()
+        now = self._watch.clock
         while (letter := self._post.receive()) is not None:
             coordinator.announce(letter[0], decode_requests(letter[1]), now)
             moved = True
+        if now != self._looked:
+            self._look(coordinator, now)
+        self._tell(coordinator.outgoing)
+        return moved
+
+    def _look(self, coordinator: Coordinator, now: float) -> None:
+        """Whenever the clock has moved: who is awaited, and for how long."""
+        self._looked = now
+        self._watch.awaited = coordinator.awaited(now - self._watch.ask_after)
         coordinator.look(now)
         for sentence in coordinator.warnings:
             log.warning("gossip_hvd: %s", sentence)
         coordinator.warnings.clear()
-        self._tell(coordinator.outgoing)
-        return moved
 
     def _tell(self, outgoing: Mapping[int, list[Response]]) -> None:
         """Send every other rank what has been agreed; most are told the very same."""
@@ -333,7 +373,8 @@ class Operations:
             self._executor.run(batch, mine)
             if batch[0].request.kind == "join":
                 self._watched = False
-                self.renumber()
+                if batch[0].order:  # All ranks are told.
+                    self.renumber()
                 self._followed.put(None)
             if batch[0].request.kind == "shutdown":
                 self._end(OperationError(SHUT_DOWN))
@@ -354,6 +395,7 @@ class Operations:
 
     def _end(self, error: BaseException) -> None:
         """Let nothing wait for ever."""
+        self._watch.awaited = ()
         with self._lock:
             self._ended = error
             left = list(self._asked.values())

@@ -223,6 +223,7 @@ def shutdown() -> None:
         for closer in session.closers:
             closer()
         session.terminator.close()
+        session.operations.leave()
         session.watch.left = True
         session.world.barrier("shutdown")
         session.operations.close()
@@ -283,7 +284,7 @@ def _start(arguments: dict[str, Any]) -> Session:
             "gossip_hvd: one node of %d rank(s): there is nobody to gossip with.", world.size
         )
     watch.node = cluster.node_of(world.rank)
-    operations = Operations(world, watch.patience)
+    operations = Operations(world, watch)
     return Session(world, watch, cluster, scope, node_comm, arguments, operations, letters)
 
 
