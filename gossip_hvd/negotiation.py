@@ -153,8 +153,9 @@ class Coordinator:
             number, self._next_set = self._next_set, self._next_set + 1
             self.sets[number] = request.splits
             return replace(response, rows=((number,),))
-        if request.kind == "remove_process_set":
-            del self.sets[request.splits[0]]
+        removed = request.kind == "remove_process_set"
+        if removed and self.sets.pop(request.splits[0], None) is None:
+            return replace(response, error=f"There is no process set {request.splits[0]}.")
         return response
 
     def _join(self, rank: int, request: Request) -> None:

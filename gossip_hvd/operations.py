@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -17,20 +18,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from gossip_hvd.errors import OperationError
-from gossip_hvd.execution import Asked, Executor
-from gossip_hvd.joining import Steps
-from gossip_hvd.mixing import Array
-from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
-from gossip_hvd.requests import (
-    PLAIN,
-    Request,
-    Response,
+from gossip_hvd.envelopes import (
     decode_requests,
     decode_responses,
     encode_requests,
     encode_responses,
 )
+from gossip_hvd.errors import OperationError
+from gossip_hvd.execution import Asked, Executor
+from gossip_hvd.handle import Handle
+from gossip_hvd.joining import Steps
+from gossip_hvd.mixing import Array
+from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
+from gossip_hvd.requests import PLAIN, Request, Response
 from gossip_hvd.small import packed
 from gossip_hvd.transport.mpi import Post, World
 from gossip_hvd.waits import Facts, waiting
@@ -49,72 +49,8 @@ LONG_PAUSE = 1e-3
 
 PATIENCE = 0.05
 
-MARGIN = 5.0
-"""Seconds by which the coordinator, which knows who is missing, gives up before who waits."""
-
-LOOK = 0.25
-"""Seconds between two looks of a waiting thread at whether it must give up."""
-
 WATCH = 0.1
 """Seconds between looks of rank 0 while nobody waits, as far as it knows."""
-
-
-class Handle:
-    """One operation that has been asked for.
-
-    Attributes:
-        request: what was asked for.
-        results: flat arrays, once it is done; for operations whose outputs were given, those.
-        response: how it was agreed, once it is done.
-    """
-
-    def __init__(
-        self, request: Request, rank: int, known_by: Callable[[], tuple[int, ...]]
-    ) -> None:
-        self.request, self._rank, self._known_by = request, rank, known_by
-        self.results: list[Array] = []
-        self.response: Response | None = None
-        self._error: BaseException | None = None
-        self._done = threading.Event()
-
-    @property
-    def done(self) -> bool:
-        """Whether ``wait`` would return, or raise, at once."""
-        return self._done.is_set()
-
-    def wait(self) -> list[Array]:
-        """The results, once they are there.
-
-        Raises:
-            OperationError: on every rank, where ranks asked for different things.
-            StallError: past the limit; the coordinator, which knows more, gives up before.
-        """
-        if not self._done.is_set():
-            with waiting(self, MARGIN) as wait:
-                while not self._done.wait(LOOK):
-                    wait.check()
-        if self._error is not None:
-            raise self._error
-        return self.results
-
-    def facts(self) -> Facts:
-        """Who waits for what."""
-        text = f"rank {self._rank} waits for {self.request.kind} {self.request.name!r}"
-        return Facts(text, known_by=self._known_by())
-
-    def moved(self) -> int:
-        """Nothing tells of progress but the end."""
-        return 0
-
-    def finish(self, response: Response, results: list[Array]) -> None:
-        """Wake up whoever waits."""
-        self.response, self.results = response, results
-        self._done.set()
-
-    def fail(self, error: BaseException) -> None:
-        """Wake up whoever waits, with an error."""
-        self._error = error
-        self._done.set()
 
 
 class Operations:
@@ -283,7 +219,9 @@ class Operations:
                 self._work.clear()
                 self._serve()
         except BaseException as error:
-            log.exception("gossip_hvd: rank %d: a world-wide operation failed", self.rank)
+            # Others would wait for what this rank does not do any more: the job ends, as it does
+            # for errors of the main thread.
+            sys.excepthook(*sys.exc_info())
             self._end(error)
 
     def _patience(self) -> float:
@@ -328,7 +266,7 @@ class Operations:
         moved = False
         now = self._watch.clock
         while (letter := self._post.receive()) is not None:
-            coordinator.announce(letter[0], decode_requests(letter[1]), now)
+            coordinator.announce(letter[0], decode_requests(*letter), now)
             moved = True
         if now != self._looked:
             self._look(coordinator, now)
@@ -363,7 +301,7 @@ class Operations:
             self._coordinator.outgoing[0].clear()
         else:
             letter = self._post.receive()
-            responses = [] if letter is None else decode_responses(letter[1])
+            responses = [] if letter is None else decode_responses(*letter)
         moved = bool(responses)
         for response in responses:
             self._note(response)

@@ -101,6 +101,17 @@ CASES = {
         printed=3,
         environ={"GOSSIP_HVD_STALL_TIMEOUT": "9"},
     ),
+    "a letter is damaged": Case(
+        "hvd.allreduce(torch.ones(3))\n"
+        "if hvd.rank() == 2:\n"
+        "    session.current().operations._post.send(0, b'[' * 40)\n"
+        "time.sleep(60)",
+        code=1,
+        says=(
+            "gossip_hvd: rank 0 raised; the job ends.",
+            "ProtocolError: rank 2 sent 40 bytes that are no letter of named operations: a head",
+        ),
+    ),
     "a rank computes for too long": Case(
         "hvd.rank() == 2 and time.sleep(60)\nhvd.allreduce(torch.ones(3), name='x')",
         code=1,
