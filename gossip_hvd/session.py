@@ -115,12 +115,18 @@ class Session:
         finally:
             self.watch.patience = before
 
-    def waits_for(self, ranks: Iterable[int], what: str) -> Facts:
-        """Of a wait of this rank for some others, to do something together with them."""
+    def waits_for(self, ranks: Iterable[int], what: str, *, travels: bool = False) -> Facts:
+        """Of a wait of this rank for some others, to do something together with them.
+
+        Args:
+            ranks: all that take part.
+            what: they do.
+            travels: see ``Facts``.
+        """
         me = self.world.rank
         others = tuple(rank for rank in ranks if rank != me)
         text = f"rank {me} (node {self.node}) waits for ranks {list(others)} to {what}"
-        return Facts(text, others)
+        return Facts(text, others, travels=travels)
 
 
 _session: Session | None = None

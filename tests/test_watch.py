@@ -20,7 +20,7 @@ from gossip_hvd.letters import LetterBox
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.records import path_of, read_record
 from gossip_hvd.waits import Facts, standing, waiting
-from gossip_hvd.watch import Patience, Watch
+from gossip_hvd.watch import TICK, Patience, Watch
 
 
 class Ended:
@@ -188,6 +188,26 @@ def test_the_peer_is_asked_and_its_answer_is_told(said: dict[str, str] | None, w
         with pytest.raises(StallError, match=words):
             wait_until(never, 30)
         assert time.monotonic() - since < 20
+
+
+@pytest.mark.parametrize("travels", [False, True])
+def test_a_wait_for_one_that_has_left_goes_on_while_data_may_still_travel(
+    travels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_module, "GONE", 0.1)
+    mail = Mail()
+    with watched(60, 300) as (made, _):
+        made.connect(mail.of(0))
+        peer = LetterBox(mail.of(1))
+        with waiting(Facts("rank 0 waits", (1,), travels=travels)) as wait:
+            wait_for(lambda: bool(peer.receive()))
+            peer.send([0], "answer", host="far", state="left")
+            wait_for(lambda: "has left" in made.known([1]))
+            if travels:
+                time.sleep(3 * TICK)
+                wait.check()
+            else:
+                wait_for(lambda: wait.over is not None)
 
 
 def test_who_is_asked_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ def synchronize(handle: Any) -> Any:
     if isinstance(handle, Pending):
         return handle.synchronize()
     current = session.current()
-    return watched(handle, current.waits_for(range(current.world.size), "synchronize"))
+    everybody = range(current.world.size)
+    return watched(handle, current.waits_for(everybody, "synchronize", travels=True))
 
 
 def watched(handle: int, facts: Facts) -> Any:
@@ -143,7 +144,8 @@ def begin(
             name = session.current().operations.next_name(kind, -1 - inside.process_set_id)
         handle = _at_horovod(kind, sources, name, inside, grouped, inplace, details)
         done: Callable[[], bool] = partial(horovod.poll, handle)
-        facts = session.current().waits_for(process_set.ranks or (), f"{kind} {name!r}")
+        ranks = process_set.ranks or ()
+        facts = session.current().waits_for(ranks, f"{kind} {name!r}", travels=True)
         wait: Callable[[], Any] = partial(watched, handle, facts)
     else:
         done, wait = _ours(kind, sources, name, number_of(process_set), inplace, details)
