@@ -7,11 +7,13 @@ import json
 import os
 import resource
 import stat
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from gossip_hvd.errors import CheckpointError
 from gossip_hvd.node import Cluster
 
 NODE = "node0000.safetensors"
+T = TypeVar("T")
 
 
 class Alone:
@@ -85,6 +88,72 @@ def test_what_is_saved_comes_back_and_the_last_ones_are_kept(tmp_path: Path, kee
         assert number_in(tmp_path) == number
         assert folder.numbers(tmp_path) == [*range(7)][: number + 1][-keep:]
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", NODE]
+
+
+class Ranks:
+    """A world of several ranks, each a thread that acts on a disk of its own."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.said = size, [b""] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+
+    def each(self, action: Callable[[Party, int], T]) -> list[T]:
+        """Let every rank, a node by itself, do the same."""
+        cluster = Cluster.grouped(self.size, 1)
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(
+                pool.map(lambda r: action(Party(Member(self, r), cluster), r), range(self.size))
+            )
+
+
+class Member:
+    """One rank of them."""
+
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self.ranks, self.rank = ranks, rank
+
+    def allgather(self, data: bytes, what: str) -> list[bytes]:
+        self.ranks.said[self.rank] = data
+        self.ranks.barrier.wait()
+        every = list(self.ranks.said)
+        self.ranks.barrier.wait()
+        return every
+
+
+def test_what_only_some_nodes_have_does_not_push_out_what_all_have(tmp_path: Path) -> None:
+    """With disks of their own, one node lost checkpoint 2 and the other 3."""
+    ranks, disks = Ranks(2), [tmp_path / "a", tmp_path / "b"]
+
+    def store(number: int, keep: int) -> None:
+        ranks.each(lambda party, rank: save(party, disks[rank], content(number), keep))
+
+    def found() -> int:
+        numbers = ranks.each(lambda party, rank: newest(party, disks[rank]))
+        (number,) = {one.whole.number for one in numbers if one is not None}
+        return number
+
+    for number in range(4):
+        store(number, 9)
+    folder.remove(disks[0], 2)
+    folder.remove(disks[1], 3)
+    store(4, keep=2)
+    assert [folder.numbers(disk) for disk in disks] == [[1, 3, 4], [1, 2, 4]]
+    flipped(disks[0] / name_of(4))
+    assert found() == 1, "keep=2 leaves two that all nodes have"
+    store(5, keep=2)
+    assert [folder.numbers(disk) for disk in disks] == [[4, 5], [4, 5]]
+    assert found() == 5
+
+
+def test_a_node_with_an_empty_disk_costs_the_others_nothing_that_they_would_keep(
+    tmp_path: Path,
+) -> None:
+    ranks, disks = Ranks(2), [tmp_path / "a", tmp_path / "b"]
+    for number in range(4):
+        if number == 3:
+            disks[1].rename(tmp_path / "unmounted")
+        ranks.each(lambda party, rank: save(party, disks[rank], content(0), 3))
+    assert [folder.numbers(disk) for disk in disks] == [[1, 2, 3], [3]]
 
 
 def test_only_the_owner_may_read(tmp_path: Path) -> None:
