@@ -25,6 +25,7 @@ from gossip_hvd.settings import PREFIX, SCOPES, VARIABLES, refuse_unknown, setti
 from gossip_hvd.terminate import Terminator
 from gossip_hvd.transport import mpi
 from gossip_hvd.transport.mpi import Post, World
+from gossip_hvd.versions import BENEATH, versions
 from gossip_hvd.waits import Facts, waiting
 from gossip_hvd.watch import Patience, Watch
 
@@ -71,6 +72,7 @@ class Session:
             several ranks.
         frameworks: by name, the Horovod modules that run.
         closers: called in order at shutdown, while all ranks are still there.
+        compared: packages of which all ranks have the same version.
     """
 
     world: World
@@ -85,6 +87,7 @@ class Session:
     node_sets: dict[str, dict[tuple[int, ...], Any]] = field(default_factory=dict)
     frameworks: dict[str, Horovod] = field(default_factory=dict)
     closers: list[Callable[[], None]] = field(default_factory=list)
+    compared: set[str] = field(default_factory=set)
 
     @property
     def node(self) -> int:
@@ -157,6 +160,7 @@ def init(
     *,
     horovod_scope: str | None = None,
     node_size: int | None = None,
+    packages: Sequence[str] = (),
 ) -> None:
     """Start MPI, find the nodes, and start Horovod inside the node or across the world.
 
@@ -168,6 +172,7 @@ def init(
             the ranks of one node only, and the adapter makes them.
         horovod_scope: ``"node"`` or ``"world"``; else ``GOSSIP_HVD_SCOPE``, else ``"node"``.
         node_size: ranks of a virtual node; else ``GOSSIP_HVD_NODE_SIZE``, else physical nodes.
+        packages: above the framework, of which all ranks must have the same version too.
 
     Raises:
         ConfigError: for a setting that cannot work, or one that differs between ranks.
@@ -193,6 +198,10 @@ def init(
             f"{_session.arguments[changed[0]]!r}, now {arguments[changed[0]]!r}. "
             "Call shutdown() first, or init() only once."
         )
+    new = [n for n in ("horovod", framework, *packages) if n not in _session.compared]
+    if new:
+        require_agreement(_session.world, "init", versions(new))
+        _session.compared.update(new)
     if framework not in _session.frameworks:
         _start_horovod(_session, framework, hvd, process_sets)
         # Ends are called last in, first out: ours, which waits for all, before Horovod's own,
@@ -273,6 +282,7 @@ def _start(arguments: dict[str, Any]) -> Session:
         "init",
         {
             "the version of gossip_hvd": __version__,
+            **versions(BENEATH),
             "the version of MPI": MPI.Get_library_version(),
             "horovod_scope": scope,
             "node_size": node_size,

@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("watch",),
     ("inquiry", "terminate", "envelopes"),
     ("waits", "endings", "letters", "frames", "records", "small"),
-    ("settings", "recorder", "requests"),
+    ("settings", "recorder", "requests", "versions"),
     ("methods", "reductions", "finite"),
     ("mixing", "rounds"),
     ("topology", "segments"),
