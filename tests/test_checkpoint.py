@@ -401,6 +401,28 @@ def test_any_bytes_are_a_manifest_or_refused(data: bytes) -> None:
     assert len(found.files) == len(found.nodes)
 
 
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_whatever_stands_in_the_newest_manifest_the_older_checkpoint_is_found(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    if not folder.numbers(tmp_path):
+        saved(tmp_path, 1)
+        saved(tmp_path, 2)
+        (tmp_path / "whole").write_bytes((tmp_path / name_of(1) / "manifest.json").read_bytes())
+    whole = (tmp_path / "whole").read_bytes()
+    key = data.draw(st.sampled_from(["nodes", "files", "number", "version", "format", "more"]))
+    changed = json_values.map(lambda v: json.dumps({**json.loads(whole), key: v}).encode())
+    found = data.draw(st.binary(max_size=99) | mutilated(whole) | changed)
+    (tmp_path / name_of(1) / "manifest.json").write_bytes(found)
+    # What does not concern the values, such as who wrote it, may differ.
+    assert number_in(tmp_path) in (1, 2)
+    if not found.strip().startswith(b"{"):
+        assert number_in(tmp_path) == 1
+
+
 def node_file() -> bytes:
     mine = content(4)()
     kinds = [(n, t.kind) for n, t in zip(mine.names, mine.tensors, strict=True)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from launch import launch
 
 from gossip_hvd import watch as watch_module
@@ -19,6 +23,7 @@ from gossip_hvd.inquiry import FEW, Inquiry
 from gossip_hvd.letters import LetterBox
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.records import path_of, read_record
+from gossip_hvd.terminate import Terminator
 from gossip_hvd.waits import Facts, standing, waiting
 from gossip_hvd.watch import TICK, Patience, Watch
 
@@ -219,6 +224,37 @@ def test_who_is_asked_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     (sender, content), *_ = LetterBox(mail.of(1)).receive()
     assert (sender, content["kind"], content["state"]) == (0, "answer", "computing")
     assert "test_watch.py" in content["where"]
+
+
+plain: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+said = st.dictionaries(
+    st.sampled_from(["kind", "host", "state", "holder", "where", "text", "sequences", "step"]),
+    plain
+    | st.sampled_from(["left", "paused", "waiting", "computing", *Terminator.KINDS])
+    | st.dictionaries(st.just("model"), plain),
+)
+
+
+@given(st.binary(max_size=60) | said.map(lambda found: json.dumps(found).encode()))
+def test_no_letter_breaks_the_watch(letter: bytes) -> None:
+    mail = Mail()
+    box = LetterBox(mail.of(0))
+    inquiry, terminator = Inquiry(box), Terminator(0, 2, box)
+    mail.of(1).send(0, letter)
+    for sender, content in box.receive():
+        inquiry.hear(sender, content, 1.0)
+        facts = Facts("", (1,), key="model", sequence=3)
+        assert type(inquiry.holder(1, 1.0)) in (int, bool)
+        assert inquiry.has_left(1, facts, 1.0) in (True, False)
+        assert inquiry.all_wait([1], 1.0) in (True, False)
+        assert inquiry.paused(1, 1.0) in (True, False)
+        assert all(isinstance(phrase, str) for phrase in inquiry.phrases([1], 1.0))
+        if content["kind"] in Terminator.KINDS:
+            terminator.hear(sender, content)
 
 
 # Many peers --------------------------------------------------------------------------------------
