@@ -414,8 +414,14 @@ def test_whatever_stands_in_the_newest_manifest_the_older_checkpoint_is_found(
         (tmp_path / "whole").write_bytes((tmp_path / name_of(1) / "manifest.json").read_bytes())
     whole = (tmp_path / "whole").read_bytes()
     key = data.draw(st.sampled_from(["nodes", "files", "number", "version", "format", "more"]))
-    changed = json_values.map(lambda v: json.dumps({**json.loads(whole), key: v}).encode())
-    found = data.draw(st.binary(max_size=99) | mutilated(whole) | changed)
+    known = json.loads(whole)
+    part = data.draw(st.sampled_from(["name", "bytes", "sha256"]))
+    changed = json_values.map(lambda v: {**known, key: v}) | json_values.map(
+        lambda v: {**known, "files": [{**known["files"][0], part: v}]}
+    )
+    found = data.draw(
+        st.binary(max_size=99) | mutilated(whole) | changed.map(lambda v: json.dumps(v).encode())
+    )
     (tmp_path / name_of(1) / "manifest.json").write_bytes(found)
     # What does not concern the values, such as who wrote it, may differ.
     assert number_in(tmp_path) in (1, 2)

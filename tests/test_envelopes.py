@@ -192,3 +192,37 @@ def test_values_of_another_length_than_their_shapes_are_refused() -> None:
         decode_requests(SENDER, encode_requests([one]))
     with pytest.raises(ProtocolError, match="allreduce with 0 bytes in place of 24"):
         decode_responses(0, encode_responses([Response(Request(**{**vars(one), "values": b""}))]))
+
+
+@pytest.mark.parametrize(
+    ("one", "why"),
+    [
+        (
+            Request("allreduce", "x", shapes=((2,),), dtypes=("O",), op="sum"),
+            "allreduce of 1 times",
+        ),
+        (Request("allgather", "x", shapes=((2,),), dtypes=("x",)), "allgather of 1 times"),
+        (Request("allgather", "x", shapes=((2,),)), r"allgather of 1 times \(\)"),
+        (Request("alltoall", "x"), "alltoall of 0 tensors"),
+        (Request("join", "join"), "a request of join"),
+        (Request("remove_process_set", "x", splits=(1, 2)), "a request of remove_process_set"),
+        (Request("watch", "watch"), "a request of watch"),
+        (Request("allreduce", "x", op="xor"), "'xor' in place of one of"),
+        (Request("barrier", "x", shapes=((-1,),)), "-1 in place of a whole number"),
+        (Request("barrier", "x", splits=(1 << 60,)), "in place of a whole number"),
+    ],
+)
+def test_what_no_rank_asks_for_is_refused_with_its_reason(one: Request, why: str) -> None:
+    with pytest.raises(ProtocolError, match=f"rank {SENDER} sent .*{why}"):
+        decode_requests(SENDER, encode_requests([one]))
+
+
+def test_a_process_set_that_does_not_exist_is_an_error_on_all_ranks() -> None:
+    coordinator = Coordinator(2, limit=10)
+    for rank in (0, 1):
+        coordinator.announce(rank, [Request("remove_process_set", "r", splits=(7,))], 0)
+        coordinator.announce(rank, [Request("add_process_set", "a", splits=(0, 5))], 0)
+    for rank in (0, 1):
+        errors = [response.error for response in coordinator.outgoing[rank]]
+        assert errors[0] == "There is no process set 7."
+        assert errors[1].startswith("A process set of ranks [0, 5]; there are ranks [0, 1].")

@@ -180,7 +180,7 @@ places = st.integers(-1, 1 << 62)
 
 
 @IN_ONE_FOLDER
-@given(noted=st.lists(st.tuples(kinds, *[places] * 5), max_size=40), capacity=st.integers(1, 50))
+@given(noted=st.lists(st.tuples(kinds, *[places] * 5), max_size=12), capacity=st.integers(1, 6))
 def test_the_ring_holds_the_last_events_and_its_record_is_read_as_it_was(
     tmp_path: Path, noted: list[tuple[Any, ...]], capacity: int
 ) -> None:

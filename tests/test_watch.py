@@ -231,11 +231,13 @@ plain: Any = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
-said = st.dictionaries(
-    st.sampled_from(["kind", "host", "state", "holder", "where", "text", "sequences", "step"]),
-    plain
-    | st.sampled_from(["left", "paused", "waiting", "computing", *Terminator.KINDS])
-    | st.dictionaries(st.just("model"), plain),
+said = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["answer", *Terminator.KINDS])},
+    optional={
+        "state": st.sampled_from(["left", "paused", "waiting", "computing"]) | plain,
+        "sequences": st.dictionaries(st.just("model"), plain) | plain,
+        **dict.fromkeys(("host", "holder", "where", "text", "step"), plain),
+    },
 )
 
 
