@@ -264,9 +264,10 @@ class Watch:
         if self._box is None or self._inquiry is None or terminator is None:
             return
         terminator.look()
+        askers = []
         for sender, letter in self._box.receive():
             if letter["kind"] == "ask":
-                self._box.send([sender], "answer", **self._state())
+                askers.append(sender)
             elif letter["kind"] == "answer":
                 self._inquiry.hear(sender, letter, now)
             elif letter["kind"] in Terminator.KINDS:
@@ -274,6 +275,8 @@ class Watch:
             elif letter["kind"] == "ending":
                 self._over_at = self._over_at or now
                 self.write(f"rank {sender} ended the job: {letter.get('why', '')}")
+        if askers:
+            self._box.send(askers, "answer", **self._state())
 
     def _state(self) -> dict[str, Any]:
         waits = standing()
