@@ -41,7 +41,7 @@ def require_agreement(ranks: Gatherer, what: str, facts: Mapping[str, object]) -
             if here != there:
                 raise ConfigError(
                     f"{what}: rank {rank} and rank 0 differ in {field}: rank {rank} has "
-                    f"{there}, rank 0 has {here}. Give every rank the same settings."
+                    f"{there}, rank 0 has {here}. Give every rank the same settings and packages."
                 )
 
 

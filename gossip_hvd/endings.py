@@ -22,6 +22,9 @@ STALLED = 75
 HURRY = 0.5
 """Seconds after SIGTERM after which a rank that is deep in MPI leaves anyway."""
 
+ASKED = "SIGTERM: the launcher or the batch system asked it to end"
+"""In the record of a rank that SIGTERM has ended."""
+
 End = Callable[[str, int], None]
 """Ends the whole job: why, and with which exit code."""
 
@@ -54,14 +57,14 @@ def end_on_errors(rank: int, end: End) -> None:
     sys.excepthook = end_the_job
 
 
-def record_on_sigterm(write: Callable[[str], None]) -> None:
+def record_on_sigterm(write: Callable[[str], bool]) -> None:
     """Let SIGTERM, by which launchers end the other ranks of a job, leave a record before it ends.
 
     A handler of the user's own is left alone. The main thread may be deep in MPI, where Python
     handles no signal, so a thread listens.
 
     Args:
-        write: writes the record.
+        write: writes the record; False where it has interrupted its own thread at that.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -73,16 +76,18 @@ def record_on_sigterm(write: Callable[[str], None]) -> None:
         signal.set_wakeup_fd(before)
 
     def leave(number: int, frame: FrameType | None) -> None:
-        write("SIGTERM: the launcher or the batch system asked it to end")
+        if not write(ASKED):
+            return  # This very thread is at it. The other one ends the process behind it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
     def listen() -> None:
-        while signal.SIGTERM not in os.read(listening, 64):
+        # Whoever has taken SIGTERM over, may give it back.
+        while signal.SIGTERM not in os.read(listening, 64) or (
+            signal.getsignal(signal.SIGTERM) is not leave
+        ):
             continue
-        if signal.getsignal(signal.SIGTERM) is not leave:
-            return  # Somebody else has taken it over since.
-        write("SIGTERM: the launcher or the batch system asked it to end")
+        write(ASKED)
         time.sleep(HURRY)
         os._exit(128 + signal.SIGTERM)
 

@@ -26,6 +26,10 @@ class OperationError(GossipError, RuntimeError):
     """A world-wide operation that ranks asked for differently, or that cannot end."""
 
 
+class ProtocolError(GossipError, ValueError):
+    """A message from another rank that is none of ours: names the rank."""
+
+
 class PeerLostError(GossipError, ConnectionError):
     """A transfer that the transport reports as failed: the peer or its link is gone."""
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gossip_hvd.errors import OperationError
+from gossip_hvd.handle import Handle
 from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.reductions import neutral, scale
 from gossip_hvd.requests import Request, Response
 from gossip_hvd.small import deliver, nbytes
 
 if TYPE_CHECKING:
-    from gossip_hvd.operations import Handle
     from gossip_hvd.transport.group import Group
     from gossip_hvd.transport.mpi import World
 

@@ -2,13 +2,15 @@
 
 A pure state machine, in the hands of rank 0. An operation is ready once every rank of its process
 set has announced its name, or has joined; all ranks are told of ready operations in one order, so
-ranks that ask in different orders never wait for each other. Cost: one message to rank 0 and one
+ranks that ask in different orders never wait for each other. A rank that leaves says so behind its
+last announcement: what lacks it then can never be, and fails at once, while what it has announced
+is still carried out. Cost: one message to rank 0 and one
 back, for as many operations as are waiting; the smallest carry their values in these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from gossip_hvd.joining import Joining
@@ -40,6 +42,7 @@ class Coordinator:
         size: number of ranks of the world.
         limit: seconds after which an operation that lacks ranks fails.
         warn: seconds after which it is named in a warning.
+        known: what is known of ranks, as sentences.
 
     Attributes:
         sets: world ranks of every process set, by number; 0 is the world.
@@ -47,11 +50,17 @@ class Coordinator:
         warnings: sentences about operations that wait for long, to be logged.
     """
 
-    def __init__(self, size: int, limit: float, warn: float = 60.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        limit: float,
+        warn: float = 60.0,
+        known: Callable[[Sequence[int]], str] = lambda ranks: "",
+    ) -> None:
         self.sets: dict[int, tuple[int, ...]] = {0: tuple(range(size))}
         self.outgoing: dict[int, list[Response]] = {rank: [] for rank in range(size)}
         self.warnings: list[str] = []
-        self._limit, self._warn = limit, warn
+        self._limit, self._warn, self._known = limit, warn, known
         self._waiting: dict[Key, _Waiting] = {}
         self._joining = Joining(size)
         self._gone: set[int] = set()
@@ -89,6 +98,11 @@ class Coordinator:
                 waiting.requests[rank] = request
                 self._settle(key)
 
+    def awaited(self, since: float) -> tuple[int, ...]:
+        """The ranks that an operation lacks which has waited from before ``since``."""
+        late = [key for key, waiting in self._waiting.items() if waiting.since < since]
+        return tuple(sorted({rank for key in late for rank in self._missing(key)}))
+
     def look(self, now: float) -> None:
         """Warn about operations that have waited for long, and fail those past the limit."""
         for key, waiting in list(self._waiting.items()):
@@ -106,13 +120,26 @@ class Coordinator:
         if ranks is None:
             self._fail(key, f"process set {key[0]} does not exist or has been removed.")
             return
-        missing = [r for r in ranks if r not in waiting.requests and r not in self._joining.order]
+        missing = self._missing(key)
         if self._gone.intersection(missing):
-            self._fail(key, SHUT_DOWN)
+            what = f"{next(iter(waiting.requests.values())).kind} {key[1]!r}"
+            self._fail(key, self._left(what, missing))
         elif not missing:
             del self._waiting[key]
             response = self._changed(agreed(waiting.requests, ranks))
             self._tell(ranks, answered(response, waiting.requests, len(ranks)))
+
+    def _missing(self, key: Key) -> list[int]:
+        """Whom an operation waits for."""
+        asked, joined = self._waiting[key].requests, self._joining.order
+        return [r for r in self.sets.get(key[0], ()) if r not in asked and r not in joined]
+
+    def _left(self, what: str, missing: Sequence[int]) -> str:
+        ranks = sorted(self._gone.intersection(missing))
+        return (
+            f"{what} lacks ranks {ranks}, which have left: their program ended, or called sys.exit "
+            f"or shutdown. {SHUT_DOWN}"
+        )
 
     def _changed(self, response: Response) -> Response:
         """Carry out what a response changes here."""
@@ -126,11 +153,15 @@ class Coordinator:
             number, self._next_set = self._next_set, self._next_set + 1
             self.sets[number] = request.splits
             return replace(response, rows=((number,),))
-        if request.kind == "remove_process_set":
-            del self.sets[request.splits[0]]
+        removed = request.kind == "remove_process_set"
+        if removed and self.sets.pop(request.splits[0], None) is None:
+            return replace(response, error=f"There is no process set {request.splits[0]}.")
         return response
 
     def _join(self, rank: int, request: Request) -> None:
+        if self._gone:
+            self._tell_in_vain((rank,))
+            return
         for other in self._joining.join(rank, request):
             self._tell((other,), Response(Request("watch", "watch")))
         for key in self._names():
@@ -146,9 +177,17 @@ class Coordinator:
             error = self._joining.finish()
             self._tell(self.sets[0], Response(Request("join", "join"), error, (order,)))
 
+    def _tell_in_vain(self, joined: Sequence[int]) -> None:
+        """Not all can join any more."""
+        for rank in joined:
+            error = self._left("join", self.sets[0])
+            self.outgoing[rank].append(Response(Request("join", "join"), error))
+
     def _leave(self, rank: int, request: Request) -> None:
         """A rank shuts down: what waits for it can never happen."""
         self._gone.add(rank)
+        self._tell_in_vain(self._joining.order)
+        self._joining.finish()
         for key in self._names():
             self._settle(key)
         if len(self._gone) == len(self.sets[0]):
@@ -174,14 +213,12 @@ class Coordinator:
                 self._failed[rank, key] = error
 
     def _stall(self, key: Key, waiting: _Waiting, waited: float) -> str:
-        first = next(iter(waiting.requests.values()))
-        ranks = self.sets.get(key[0], ())
-        missing = [r for r in ranks if r not in waiting.requests and r not in self._joining.order]
+        first, missing = next(iter(waiting.requests.values())), self._missing(key)
         return (
             f"{first.kind} {key[1]!r} has waited {waited:.0f} s for ranks {missing}; ranks "
             f"{sorted(waiting.requests)} are ready. Do all ranks call it, under the same name? "
-            "The limit is GOSSIP_HVD_STALL_TIMEOUT seconds."
-        )
+            f"The limit is GOSSIP_HVD_STALL_TIMEOUT seconds. {self._known(missing)}"
+        ).rstrip()
 
 
 def _bare(request: Request) -> Request:

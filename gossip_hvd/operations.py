@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -17,24 +18,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from gossip_hvd.errors import OperationError
-from gossip_hvd.execution import Asked, Executor
-from gossip_hvd.joining import Steps
-from gossip_hvd.mixing import Array
-from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
-from gossip_hvd.requests import (
-    PLAIN,
-    Request,
-    Response,
+from gossip_hvd.envelopes import (
     decode_requests,
     decode_responses,
     encode_requests,
     encode_responses,
 )
+from gossip_hvd.errors import OperationError
+from gossip_hvd.execution import Asked, Executor
+from gossip_hvd.handle import Handle
+from gossip_hvd.joining import Steps
+from gossip_hvd.mixing import Array
+from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
+from gossip_hvd.requests import PLAIN, Request, Response
 from gossip_hvd.small import packed
 from gossip_hvd.transport.mpi import Post, World
 from gossip_hvd.waits import Facts, waiting
-from gossip_hvd.watch import Patience
+from gossip_hvd.watch import Watch
 
 log = logging.getLogger("gossip_hvd")
 
@@ -49,62 +49,8 @@ LONG_PAUSE = 1e-3
 
 PATIENCE = 0.05
 
-MARGIN = 5.0
-"""Seconds by which the coordinator, which knows who is missing, gives up before who waits."""
-
-LOOK = 0.25
-"""Seconds between two looks of a waiting thread at whether it must give up."""
-
 WATCH = 0.1
 """Seconds between looks of rank 0 while nobody waits, as far as it knows."""
-
-
-class Handle:
-    """One operation that has been asked for.
-
-    Attributes:
-        request: what was asked for.
-        results: flat arrays, once it is done; for operations whose outputs were given, those.
-        response: how it was agreed, once it is done.
-    """
-
-    def __init__(self, request: Request, rank: int) -> None:
-        self.request, self._rank = request, rank
-        self.results: list[Array] = []
-        self.response: Response | None = None
-        self._error: BaseException | None = None
-        self._done = threading.Event()
-
-    @property
-    def done(self) -> bool:
-        """Whether ``wait`` would return, or raise, at once."""
-        return self._done.is_set()
-
-    def wait(self) -> list[Array]:
-        """The results, once they are there.
-
-        Raises:
-            OperationError: on every rank, where ranks asked for different things.
-            StallError: past the limit; the coordinator, which knows more, gives up before.
-        """
-        if not self._done.is_set():
-            text = f"rank {self._rank} waits for {self.request.kind} {self.request.name!r}"
-            with waiting(Facts(text), MARGIN) as wait:
-                while not self._done.wait(LOOK):
-                    wait.check()
-        if self._error is not None:
-            raise self._error
-        return self.results
-
-    def finish(self, response: Response, results: list[Array]) -> None:
-        """Wake up whoever waits."""
-        self.response, self.results = response, results
-        self._done.set()
-
-    def fail(self, error: BaseException) -> None:
-        """Wake up whoever waits, with an error."""
-        self._error = error
-        self._done.set()
 
 
 class Operations:
@@ -112,16 +58,21 @@ class Operations:
 
     Args:
         world: all ranks.
-        patience: with an operation that some ranks have not asked for.
+        watch: of this rank; its patience holds for operations that some ranks have not asked for.
     """
 
-    def __init__(self, world: World, patience: Patience) -> None:
+    def __init__(self, world: World, watch: Watch) -> None:
         self.rank, self.size = world.rank, world.size
         self._executor = Executor(world)
         self._post: Post = world.post()
         self._coordinator: Coordinator | None = None
         if world.rank == 0:
-            self._coordinator = Coordinator(world.size, patience.stop_after, patience.warn_after)
+            patience = watch.patience
+            self._coordinator = Coordinator(
+                world.size, patience.stop_after, patience.warn_after, watch.known
+            )
+        self._watch, self._looked = watch, -1.0
+        self._leaving: Handle | None = None
         self._numbers: defaultdict[tuple[str, int], Iterator[int]] = defaultdict(itertools.count)
         self._epoch = 0
         self._new: deque[Request] = deque()
@@ -175,11 +126,16 @@ class Operations:
             dtypes=given or tuple(str(values.dtype) for values in inputs),
             **details,
         )
-        asked = Asked(Handle(request, self.rank), list(inputs), list(outputs or ()))
+        handle = Handle(request, self.rank, self._known_by)
+        asked = Asked(handle, list(inputs), list(outputs or ()))
         key = (members, name)
         with self._lock:
             if self._ended is not None:
                 raise OperationError(str(self._ended))
+            if self._leaving is not None:
+                raise OperationError(SHUT_DOWN)
+            if kind == "shutdown":
+                self._leaving = handle
             if key in self._asked:
                 raise OperationError(
                     f"Requested to {kind} a tensor with the same name as another tensor that is "
@@ -189,7 +145,7 @@ class Operations:
             self._asked[key] = asked
             self._new.append(packed(request, asked.inputs, self.rank))
         self._work.set()
-        return asked.handle
+        return handle
 
     def next_name(self, kind: str, members: int = 0) -> str:
         """The name of an operation that was given none: calls match by their order."""
@@ -233,10 +189,23 @@ class Operations:
         with waiting(Facts(text), margin=float("inf")):
             return self._followed.get()
 
+    def _known_by(self) -> tuple[int, ...]:
+        """Who knows, or is, whom this rank's operations wait for."""
+        return self._watch.awaited if self.rank == 0 else (0,)
+
+    def leave(self) -> None:
+        """Ask for nothing any more: what others ask of this rank from now on fails at once.
+
+        What it has asked for before is still carried out.
+        """
+        if self._ended is None and self._leaving is None:
+            self.submit("shutdown", "shutdown")
+
     def close(self) -> None:
-        """Wait until all ranks close, then end the thread; what is under way fails."""
-        if self._ended is None:
-            self.submit("shutdown", "shutdown").wait()
+        """Wait until all ranks have left, then end the thread; what is under way fails."""
+        self.leave()
+        if self._leaving is not None:
+            self._leaving.wait()
         self._thread.join()
         self._executor.free()
         self._post.free()
@@ -250,7 +219,9 @@ class Operations:
                 self._work.clear()
                 self._serve()
         except BaseException as error:
-            log.exception("gossip_hvd: rank %d: a world-wide operation failed", self.rank)
+            # Others would wait for what this rank does not do any more: the job ends, as it does
+            # for errors of the main thread.
+            sys.excepthook(*sys.exc_info())
             self._end(error)
 
     def _patience(self) -> float:
@@ -282,7 +253,7 @@ class Operations:
             requests.append(self._new.popleft())
         if requests:
             if self._coordinator is not None:
-                self._coordinator.announce(0, requests, time.monotonic())
+                self._coordinator.announce(0, requests, self._watch.clock)
             else:
                 self._post.send(0, encode_requests(requests))
         return bool(requests)
@@ -293,16 +264,23 @@ class Operations:
         if coordinator is None:
             return False
         moved = False
-        now = time.monotonic()
+        now = self._watch.clock
         while (letter := self._post.receive()) is not None:
-            coordinator.announce(letter[0], decode_requests(letter[1]), now)
+            coordinator.announce(letter[0], decode_requests(*letter), now)
             moved = True
+        if now != self._looked:
+            self._look(coordinator, now)
+        self._tell(coordinator.outgoing)
+        return moved
+
+    def _look(self, coordinator: Coordinator, now: float) -> None:
+        """Whenever the clock has moved: who is awaited, and for how long."""
+        self._looked = now
+        self._watch.awaited = coordinator.awaited(now - self._watch.ask_after)
         coordinator.look(now)
         for sentence in coordinator.warnings:
             log.warning("gossip_hvd: %s", sentence)
         coordinator.warnings.clear()
-        self._tell(coordinator.outgoing)
-        return moved
 
     def _tell(self, outgoing: Mapping[int, list[Response]]) -> None:
         """Send every other rank what has been agreed; most are told the very same."""
@@ -323,7 +301,7 @@ class Operations:
             self._coordinator.outgoing[0].clear()
         else:
             letter = self._post.receive()
-            responses = [] if letter is None else decode_responses(letter[1])
+            responses = [] if letter is None else decode_responses(*letter)
         moved = bool(responses)
         for response in responses:
             self._note(response)
@@ -333,7 +311,8 @@ class Operations:
             self._executor.run(batch, mine)
             if batch[0].request.kind == "join":
                 self._watched = False
-                self.renumber()
+                if batch[0].order:  # All ranks are told.
+                    self.renumber()
                 self._followed.put(None)
             if batch[0].request.kind == "shutdown":
                 self._end(OperationError(SHUT_DOWN))
@@ -354,6 +333,7 @@ class Operations:
 
     def _end(self, error: BaseException) -> None:
         """Let nothing wait for ever."""
+        self._watch.awaited = ()
         with self._lock:
             self._ended = error
             left = list(self._asked.values())

@@ -121,8 +121,8 @@ def read_record(path: Path) -> Record:
         raise RecordError(f"{path}: not a record of gossip_hvd.")
     if head.get("version") != VERSION:
         raise RecordError(
-            f"{path}: a record of version {head.get('version')!r}; this gossip_hvd reads version "
-            f"{VERSION}. Read it with the gossip_hvd that wrote it."
+            f"{path}: a record of version {head.get('version')!r:.40}; this gossip_hvd reads "
+            f"version {VERSION}. Read it with the gossip_hvd that wrote it."
         )
     made = _record(path, head)
     events = [_event(path, i, _parsed(path, i, line)) for i, line in enumerate(lines[1:], 2)]

@@ -6,11 +6,8 @@ ranks are added.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
@@ -98,102 +95,6 @@ class Response:
     values: bytes = b""
 
 
-# Letters: numbers and values as they are, and the rest as text. Training asks for the same things
-# again and again, so texts are kept, and what was read from them.
-
-
-def encode_requests(requests: Sequence[Request]) -> bytes:
-    """A list of requests."""
-    return _letter(
-        [0] * len(requests), [r.values for r in requests], _request_text(tuple(requests))
-    )
-
-
-def decode_requests(data: bytes) -> list[Request]:
-    """What ``encode_requests`` made."""
-    _, values, text = _parts(data)
-    requests = _requests(text)
-    return [replace(r, values=v) if v else r for r, v in zip(requests, values, strict=True)]
-
-
-def encode_responses(responses: Sequence[Response]) -> bytes:
-    """A list of responses."""
-    text = _response_text(tuple(replace(one, order=0, values=b"") for one in responses))
-    return _letter([one.order for one in responses], [one.values for one in responses], text)
-
-
-def decode_responses(data: bytes) -> list[Response]:
-    """What ``encode_responses`` made."""
-    orders, values, text = _parts(data)
-    return [
-        replace(one, order=order, values=value)
-        for one, order, value in zip(_responses(text), orders, values, strict=True)
-    ]
-
-
-def _letter(numbers: Sequence[int], values: Sequence[bytes], text: bytes) -> bytes:
-    head = [len(numbers), *numbers, *map(len, values)]
-    return b"".join((struct.pack(f"<{len(head)}q", *head), *values, text))
-
-
-def _parts(data: bytes) -> tuple[tuple[int, ...], list[bytes], bytes]:
-    (count,) = struct.unpack_from("<q", data)
-    head = struct.unpack_from(f"<{2 * count}q", data, 8)
-    at, values = 8 * (1 + 2 * count), []
-    for length in head[count:]:
-        values.append(data[at : at + length])
-        at += length
-    return head[:count], values, data[at:]
-
-
-@lru_cache(maxsize=256)
-def _request_text(requests: tuple[Request, ...]) -> bytes:
-    return _text([_plain(one) for one in requests])
-
-
-@lru_cache(maxsize=256)
-def _requests(text: bytes) -> tuple[Request, ...]:
-    return tuple(_request(fields) for fields in json.loads(text))
-
-
-@lru_cache(maxsize=256)
-def _response_text(responses: tuple[Response, ...]) -> bytes:
-    return _text([(_plain(one.request), one.error, one.rows, one.joined) for one in responses])
-
-
-@lru_cache(maxsize=256)
-def _responses(text: bytes) -> tuple[Response, ...]:
-    return tuple(
-        Response(_request(fields), error, tuple(map(tuple, rows)), tuple(joined))
-        for fields, error, rows, joined in json.loads(text)
-    )
-
-
-def _text(plain: list[Any]) -> bytes:
-    return json.dumps(plain, separators=(",", ":")).encode()
-
-
-def _plain(request: Request) -> tuple[Any, ...]:
-    """The fields that travel as text."""
-    return astuple(replace(request, values=b""))[:-1]
-
-
-def _request(fields: list[Any]) -> Request:
-    kind, name, members, shapes, dtypes, op, root, prescale, postscale, splits = fields
-    return Request(
-        kind,
-        name,
-        members,
-        tuple(map(tuple, shapes)),
-        tuple(dtypes),
-        op,
-        root,
-        prescale,
-        postscale,
-        tuple(splits),
-    )
-
-
 def disagreement(requests: Mapping[int, Request], ranks: Sequence[int]) -> str:
     """What is wrong with one operation; empty where its ranks can go on.
 
@@ -263,6 +164,8 @@ def _impossible(request: Request, ranks: Sequence[int]) -> str:
     kind = request.kind
     if kind in ("allgather", "alltoall", "reducescatter") and () in request.shapes:
         return f"A rank tried to {kind} a rank-zero tensor."
+    if kind == "add_process_set" and not set(request.splits) <= set(ranks):
+        return f"A process set of ranks {list(request.splits)}; there are ranks {list(ranks)}."
     if kind == "broadcast" and request.root not in ranks:
         return f"Broadcast from root rank {request.root}, which is none of ranks {list(ranks)}."
     if kind == "alltoall":

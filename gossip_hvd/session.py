@@ -26,6 +26,7 @@ from gossip_hvd.settings import PREFIX, SCOPES, VARIABLES, refuse_unknown, setti
 from gossip_hvd.terminate import Terminator
 from gossip_hvd.transport import mpi
 from gossip_hvd.transport.mpi import Post, World
+from gossip_hvd.versions import BENEATH, versions
 from gossip_hvd.waits import Facts, waiting
 from gossip_hvd.watch import Patience, Watch
 
@@ -72,6 +73,7 @@ class Session:
             several ranks.
         frameworks: by name, the Horovod modules that run.
         closers: called in order at shutdown, while all ranks are still there.
+        compared: packages of which all ranks have the same version.
     """
 
     world: World
@@ -86,6 +88,7 @@ class Session:
     node_sets: dict[str, dict[tuple[int, ...], Any]] = field(default_factory=dict)
     frameworks: dict[str, Horovod] = field(default_factory=dict)
     closers: list[Callable[[], None]] = field(default_factory=list)
+    compared: set[str] = field(default_factory=set)
 
     @property
     def node(self) -> int:
@@ -116,12 +119,18 @@ class Session:
         finally:
             self.watch.patience = before
 
-    def waits_for(self, ranks: Iterable[int], what: str) -> Facts:
-        """Of a wait of this rank for some others, to do something together with them."""
+    def waits_for(self, ranks: Iterable[int], what: str, *, travels: bool = False) -> Facts:
+        """Of a wait of this rank for some others, to do something together with them.
+
+        Args:
+            ranks: all that take part.
+            what: they do.
+            travels: see ``Facts``.
+        """
         me = self.world.rank
         others = tuple(rank for rank in ranks if rank != me)
         text = f"rank {me} (node {self.node}) waits for ranks {list(others)} to {what}"
-        return Facts(text, others)
+        return Facts(text, others, travels=travels)
 
 
 _session: Session | None = None
@@ -152,6 +161,7 @@ def init(
     *,
     horovod_scope: str | None = None,
     node_size: int | None = None,
+    packages: Sequence[str] = (),
 ) -> None:
     """Start MPI, find the nodes, and start Horovod inside the node or across the world.
 
@@ -163,6 +173,7 @@ def init(
             the ranks of one node only, and the adapter makes them.
         horovod_scope: ``"node"`` or ``"world"``; else ``GOSSIP_HVD_SCOPE``, else ``"node"``.
         node_size: ranks of a virtual node; else ``GOSSIP_HVD_NODE_SIZE``, else physical nodes.
+        packages: above the framework, of which all ranks must have the same version too.
 
     Raises:
         ConfigError: for a setting that cannot work, or one that differs between ranks.
@@ -188,6 +199,10 @@ def init(
             f"{_session.arguments[changed[0]]!r}, now {arguments[changed[0]]!r}. "
             "Call shutdown() first, or init() only once."
         )
+    new = [n for n in ("horovod", framework, *packages) if n not in _session.compared]
+    if new:
+        require_agreement(_session.world, "init", versions(new))
+        _session.compared.update(new)
     if framework not in _session.frameworks:
         _start_horovod(_session, framework, hvd, process_sets)
         # Ends are called last in, first out: ours, which waits for all, before Horovod's own,
@@ -224,6 +239,7 @@ def shutdown() -> None:
         for closer in session.closers:
             closer()
         session.terminator.close()
+        session.operations.leave()
         session.watch.left = True
         session.world.barrier("shutdown")
         session.operations.close()
@@ -273,6 +289,7 @@ def _start(arguments: dict[str, Any]) -> Session:
         "init",
         {
             "the version of gossip_hvd": __version__,
+            **versions(BENEATH),
             "the version of MPI": MPI.Get_library_version(),
             "horovod_scope": scope,
             "node_size": node_size,
@@ -290,7 +307,7 @@ def _start(arguments: dict[str, Any]) -> Session:
             "gossip_hvd: one node of %d rank(s): there is nobody to gossip with.", world.size
         )
     watch.node = cluster.node_of(world.rank)
-    operations = Operations(world, watch.patience)
+    operations = Operations(world, watch)
     return Session(world, watch, cluster, scope, node_comm, arguments, operations, letters)
 
 
@@ -343,7 +360,8 @@ def _watch(MPI: Any, comm: Any) -> Watch:
 
     end_on_errors(rank, end_because)
     if folder is not None:
-        record_on_sigterm(watch.write)
+        # Of the latest session: handlers of signals stay when one ends and another begins.
+        record_on_sigterm(lambda why: _latest is None or _latest.write(why))
     end_on_unheard_interrupts(rank, end_because)
     return watch
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gossip_hvd.errors import ConfigError, unknown
+from gossip_hvd.methods import METHODS
 
 PREFIX = "GOSSIP_HVD_"
+
+LONGEST = 1e9
+"""Seconds: thirty years, which every clock can still wait."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def _positive(text: str) -> int:
 
 def _seconds(text: str) -> float:
     value = float(text)
-    if not 0 < value < float("inf"):
+    if not 0 < value <= LONGEST:
         raise ValueError(text)
     return value
 
@@ -47,12 +51,32 @@ def _patience(text: str) -> float:
     return float("inf") if text == "never" else _seconds(text)
 
 
+def _folder(text: str) -> str:
+    if not text:
+        raise ValueError(text)
+    return text
+
+
+def _name_of(known: Collection[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise ValueError(text)
+        return text
+
+    return parse
+
+
 SCOPES = ("node", "world")
 
 VARIABLES: dict[str, Variable] = {
-    "SCOPE": Variable(str, "node", " or ".join(SCOPES), "where Horovod lives"),
+    "SCOPE": Variable(_name_of(SCOPES), "node", " or ".join(SCOPES), "where Horovod lives"),
     "NODE_SIZE": Variable(_positive, None, "a number of ranks", "ranks of a virtual node"),
-    "METHOD": Variable(str, "crossover", "the name of a method", "how nodes train together"),
+    "METHOD": Variable(
+        _name_of(METHODS),
+        "crossover",
+        f"one of {', '.join(sorted(METHODS))}",
+        "how nodes train together",
+    ),
     "SEED": Variable(int, 0, "an integer", "seed of every random choice of peers"),
     "STALL_WARNING": Variable(
         _seconds, 60.0, "a number of seconds", "after how long a wait without progress is named"
@@ -67,7 +91,7 @@ VARIABLES: dict[str, Variable] = {
         "how long a rank that has ended waits for others",
     ),
     "RECORD_DIR": Variable(
-        str, None, "a directory", "where ranks write their last transfers when a job ends badly"
+        _folder, None, "a directory", "where ranks write their last transfers when a job ends badly"
     ),
 }
 
@@ -93,7 +117,7 @@ def setting(name: str, argument: Any = None, environ: Mapping[str, str] | None =
         return variable.parse(text)
     except ValueError:
         raise ConfigError(
-            f"{PREFIX}{name}={text!r}: expected {variable.expected}. "
+            f"{PREFIX}{name}={text!r:.100}: expected {variable.expected}. "
             "Correct or unset the environment variable."
         ) from None
 

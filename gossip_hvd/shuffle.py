@@ -99,6 +99,7 @@ class RingShuffle:
         self._order: Rows = np.empty(0, np.int64)
         self._unread: set[int] = set()
         self._under_way: list[_Chunk] = []
+        self._moved = 0
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._thread: threading.Thread | None = None
@@ -157,12 +158,20 @@ class RingShuffle:
             StallError: where a neighbour's samples do not come.
         """
         self.release()
-        rank, size = self._wire.rank, self.size
-        text = f"rank {rank} waits for the samples of rank {(rank + 1) % size}, epoch {self.epoch}"
-        with waiting(Facts(text, peers=((rank + 1) % size, (rank - 1) % size))) as wait:
+        with waiting(self) as wait:
             while self.poll():
                 wait.check()
                 time.sleep(PAUSE)
+
+    def facts(self) -> Facts:
+        """Who waits for whom; either may have sent and received all that is its own, and left."""
+        rank, size = self._wire.rank, self.size
+        text = f"rank {rank} waits for the samples of rank {(rank + 1) % size}, epoch {self.epoch}"
+        return Facts(text, ((rank + 1) % size, (rank - 1) % size), travels=True)
+
+    def moved(self) -> int:
+        """A number that changes with every batch that has moved."""
+        return self._moved
 
     def poll(self) -> int:
         """Move what is under way a little; returns how many batches still are."""
@@ -174,6 +183,7 @@ class RingShuffle:
                 chunk.handles = [h for i, h in enumerate(chunk.handles) if i not in done]
                 if not chunk.handles:
                     self._unpack(chunk)
+                    self._moved += 1
                     self._under_way.remove(chunk)
             return len(self._under_way)
 

@@ -29,6 +29,8 @@ class Facts:
         segment: its name; empty elsewhere.
         key: of the model whose flight it is; empty elsewhere.
         sequence: number of that flight.
+        travels: whether what is waited for may still be on its way from a peer that has left.
+        known_by: world ranks that are not waited for, but know who is.
     """
 
     text: str
@@ -37,6 +39,8 @@ class Facts:
     segment: str = ""
     key: str = ""
     sequence: int = 0
+    travels: bool = False
+    known_by: tuple[int, ...] = ()
 
     def facts(self) -> Facts:
         """A wait whose words are known from the start is its own subject."""

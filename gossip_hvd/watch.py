@@ -48,14 +48,14 @@ POLITE = 1.0
 GRACE = 5.0
 """Seconds that a rank may take to end once its wait has failed, or it has heard of the end."""
 
-FEW, MANY = 8, 64
-"""Peers that are asked soon; peers that are asked once a wait is long."""
-
 NOBODY = -1
 """In place of a rank that a debugger holds."""
 
 PHRASES = 4
 """Answers that a sentence holds."""
+
+LEAST = 1e-3
+"""Seconds between two looks, however short the limits are."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class Watch:
         left: True once this rank trains no more.
         recorders: of the models that gossip.
         terminator: of this rank, once others can be reached.
+        clock: seconds that count: without those in which this process was stopped, or a debugger
+            held it or an awaited rank, also at a distance.
+        awaited: ranks for whom others wait by way of this one, which coordinates them.
+        ask_after: seconds after which a rank that is waited for is asked.
     """
 
     def __init__(
@@ -111,16 +115,25 @@ class Watch:
         self.terminator: Terminator | None = None
         self._holder, self._recorded = NOBODY, False
         self._over_at: float | None = None
-        self._writing = threading.Lock()
+        # A signal may interrupt the very thread that writes.
+        self._writing = threading.RLock()
+        self._written = False
         self._closed = threading.Event()
-        self._tick = min(TICK, patience.warn_after / 4, patience.stop_after / 4)
+        self._tick = max(LEAST, min(TICK, patience.warn_after / 4, patience.stop_after / 4))
+        self.clock = 0.0
+        self.awaited: tuple[int, ...] = ()
         self._thread = threading.Thread(target=self._run, name="gossip-watch", daemon=True)
         self._thread.start()
+
+    @property
+    def ask_after(self) -> float:
+        """See the class."""
+        return min(ASK, self.patience.warn_after, self.patience.stop_after / 2)
 
     def connect(self, letters: Letters) -> None:
         """From now on other ranks can be asked."""
         self._box = LetterBox(letters)
-        self._inquiry = Inquiry(self._box)
+        self._inquiry = Inquiry(self._box, self.rank)
         self.terminator = Terminator(self.rank, self.size, self._box)
 
     def close(self) -> None:
@@ -135,16 +148,29 @@ class Watch:
             self._tell_all(why)
             time.sleep(2 * TICK)
 
-    def write(self, why: str) -> None:
-        """Write this rank's record, once."""
+    def write(self, why: str) -> bool:
+        """Write this rank's record, once.
+
+        Returns:
+            Whether nothing is left to do; False in a signal's handler that has interrupted the
+            writing, which goes on when the handler returns.
+        """
         with self._writing:
             if self._folder is None or self._recorded:
-                return
+                return self._folder is None or self._written
             self._recorded = True
             try:
                 write_record(self._folder, self._record(why), self._events())
             except OSError as error:
                 log.warning("gossip_hvd: rank %d cannot write its record: %s", self.rank, error)
+            finally:
+                self._written = True
+            return True
+
+    def known(self, ranks: Sequence[int]) -> str:
+        """What ranks that are asked have said, for a sentence; empty where nothing is known."""
+        found = self._inquiry.phrases(ranks, time.monotonic()) if self._inquiry else []
+        return " ".join(found[:PHRASES])
 
     # The thread ------------------------------------------------------------------------------
 
@@ -153,9 +179,11 @@ class Watch:
         while not self._closed.wait(self._tick):
             now = time.monotonic()
             # A process that was stopped must not count the time in which it was.
-            stopped, before = max(0.0, now - before - self._tick), now
+            passed, before = now - before, now
             try:
-                self._look(now, stopped)
+                self._look(now, max(0.0, passed - self._tick))
+                held = self._holder == self.rank or self._held_by_any(self.awaited, now)
+                self.clock += 0.0 if held else min(passed, self._tick)
             except Exception:
                 log.exception("gossip_hvd: rank %d: its watch failed once", self.rank)
 
@@ -170,7 +198,7 @@ class Watch:
             wait.progress = moved
             own = self._tick if self._holder == self.rank else 0.0
             wait.since = min(now, wait.since + stopped + own)
-            if now - wait.since > min(ASK, self.patience.warn_after, self.patience.stop_after / 2):
+            if now - wait.since > self.ask_after:
                 self._long(wait, now)
         if self._over_at is not None and now - self._over_at > GRACE:
             self._end(STALLED)
@@ -181,27 +209,29 @@ class Watch:
             return
         waited, limit = now - wait.since, self.patience.stop_after + wait.margin
         gone = False
+        if self._held_by_any((*facts.peers, *facts.known_by), now):
+            wait.since += self._tick
         if self._inquiry is not None:
-            if len(facts.peers) <= FEW or waited > self.patience.warn_after:
-                self._inquiry.ask(facts.peers[:MANY], now)
-            if self._held_by_any(facts.peers, now):
-                wait.since += self._tick
             gone = any(self._inquiry.has_left(peer, facts, now) for peer in facts.peers)
             limit += POLITE * self._inquiry.all_wait(facts.peers, now)
-        if waited > limit or (gone and waited > min(GONE, limit)):
+        given_up = max(GONE, self.patience.warn_after) if facts.travels else GONE
+        if waited > limit or (gone and waited > min(given_up, limit)):
             self._fail(wait, self._sentence(facts, now, waited), now)
         elif waited > self.patience.warn_after and not wait.warned:
             wait.warned = True
             log.warning("gossip_hvd: %s", self._sentence(facts, now, waited))
 
     def _held_by_any(self, peers: Sequence[int], now: float) -> bool:
-        """Whether a debugger holds one of these ranks, or one that they wait for, and so on.
+        """Ask whether a debugger holds one of these ranks, or one that they wait for, and so on.
 
         Whoever is said to be held must say so itself: two ranks that wait for each other would
         repeat for ever what they have heard.
         """
-        assert self._inquiry is not None
-        said = {self._inquiry.holder(peer, now) for peer in peers} - {self.rank}
+        others = [rank for rank in peers if rank != self.rank]
+        if self._inquiry is None or not others:
+            return False
+        self._inquiry.ask(others, now)
+        said = {self._inquiry.holder(peer, now) for peer in others} - {self.rank}
         holders = [rank for rank in said if 0 <= rank < self.size]
         self._inquiry.ask(holders, now)
         paused = [rank for rank in holders if self._inquiry.paused(rank, now)]
@@ -219,9 +249,7 @@ class Watch:
         wait.over = f"{sentence} The limit is GOSSIP_HVD_STALL_TIMEOUT seconds."
 
     def _sentence(self, facts: Facts, now: float, waited: float) -> str:
-        phrases = []
-        if self._inquiry is not None:
-            phrases = [p for peer in facts.peers if (p := self._inquiry.phrase(peer, now))]
+        phrases = self._inquiry.phrases(facts.peers, now) if self._inquiry is not None else []
         start = f"no progress for {waited:.0f} s on host {self.host}: {facts.text}."
         return " ".join([start, *phrases[:PHRASES]])
 
@@ -236,9 +264,10 @@ class Watch:
         if self._box is None or self._inquiry is None or terminator is None:
             return
         terminator.look()
+        askers = []
         for sender, letter in self._box.receive():
             if letter["kind"] == "ask":
-                self._box.send([sender], "answer", **self._state())
+                askers.append(sender)
             elif letter["kind"] == "answer":
                 self._inquiry.hear(sender, letter, now)
             elif letter["kind"] in Terminator.KINDS:
@@ -246,6 +275,8 @@ class Watch:
             elif letter["kind"] == "ending":
                 self._over_at = self._over_at or now
                 self.write(f"rank {sender} ended the job: {letter.get('why', '')}")
+        if askers:
+            self._box.send(askers, "answer", **self._state())
 
     def _state(self) -> dict[str, Any]:
         waits = standing()

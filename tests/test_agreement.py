@@ -75,7 +75,7 @@ def test_it_names_rank_field_and_both_values(odd: int) -> None:
     values = ("gossip", "crossover") if odd == 0 else ("crossover", "gossip")
     assert set(told) == {
         f"the test: rank {first} and rank 0 differ in method: rank {first} has {values[0]}, "
-        f"rank 0 has {values[1]}. Give every rank the same settings."
+        f"rank 0 has {values[1]}. Give every rank the same settings and packages."
     }
 
 

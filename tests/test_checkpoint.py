@@ -7,11 +7,13 @@ import json
 import os
 import resource
 import stat
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from gossip_hvd.errors import CheckpointError
 from gossip_hvd.node import Cluster
 
 NODE = "node0000.safetensors"
+T = TypeVar("T")
 
 
 class Alone:
@@ -85,6 +88,72 @@ def test_what_is_saved_comes_back_and_the_last_ones_are_kept(tmp_path: Path, kee
         assert number_in(tmp_path) == number
         assert folder.numbers(tmp_path) == [*range(7)][: number + 1][-keep:]
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", NODE]
+
+
+class Ranks:
+    """A world of several ranks, each a thread that acts on a disk of its own."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.said = size, [b""] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+
+    def each(self, action: Callable[[Party, int], T]) -> list[T]:
+        """Let every rank, a node by itself, do the same."""
+        cluster = Cluster.grouped(self.size, 1)
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(
+                pool.map(lambda r: action(Party(Member(self, r), cluster), r), range(self.size))
+            )
+
+
+class Member:
+    """One rank of them."""
+
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self.ranks, self.rank = ranks, rank
+
+    def allgather(self, data: bytes, what: str) -> list[bytes]:
+        self.ranks.said[self.rank] = data
+        self.ranks.barrier.wait()
+        every = list(self.ranks.said)
+        self.ranks.barrier.wait()
+        return every
+
+
+def test_what_only_some_nodes_have_does_not_push_out_what_all_have(tmp_path: Path) -> None:
+    """With disks of their own, one node lost checkpoint 2 and the other 3."""
+    ranks, disks = Ranks(2), [tmp_path / "a", tmp_path / "b"]
+
+    def store(number: int, keep: int) -> None:
+        ranks.each(lambda party, rank: save(party, disks[rank], content(number), keep))
+
+    def found() -> int:
+        numbers = ranks.each(lambda party, rank: newest(party, disks[rank]))
+        (number,) = {one.whole.number for one in numbers if one is not None}
+        return number
+
+    for number in range(4):
+        store(number, 9)
+    folder.remove(disks[0], 2)
+    folder.remove(disks[1], 3)
+    store(4, keep=2)
+    assert [folder.numbers(disk) for disk in disks] == [[1, 3, 4], [1, 2, 4]]
+    flipped(disks[0] / name_of(4))
+    assert found() == 1, "keep=2 leaves two that all nodes have"
+    store(5, keep=2)
+    assert [folder.numbers(disk) for disk in disks] == [[4, 5], [4, 5]]
+    assert found() == 5
+
+
+def test_a_node_with_an_empty_disk_costs_the_others_nothing_that_they_would_keep(
+    tmp_path: Path,
+) -> None:
+    ranks, disks = Ranks(2), [tmp_path / "a", tmp_path / "b"]
+    for number in range(4):
+        if number == 3:
+            disks[1].rename(tmp_path / "unmounted")
+        ranks.each(lambda party, rank: save(party, disks[rank], content(0), 3))
+    assert [folder.numbers(disk) for disk in disks] == [[1, 2, 3], [3]]
 
 
 def test_only_the_owner_may_read(tmp_path: Path) -> None:
@@ -330,6 +399,34 @@ def test_any_bytes_are_a_manifest_or_refused(data: bytes) -> None:
     assert found == manifest.parse(found.text(), 3)
     assert sorted(r for ranks in found.nodes for r in ranks) == [*range(sum(map(len, found.nodes)))]
     assert len(found.files) == len(found.nodes)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_whatever_stands_in_the_newest_manifest_the_older_checkpoint_is_found(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    if not folder.numbers(tmp_path):
+        saved(tmp_path, 1)
+        saved(tmp_path, 2)
+        (tmp_path / "whole").write_bytes((tmp_path / name_of(1) / "manifest.json").read_bytes())
+    whole = (tmp_path / "whole").read_bytes()
+    key = data.draw(st.sampled_from(["nodes", "files", "number", "version", "format", "more"]))
+    known = json.loads(whole)
+    part = data.draw(st.sampled_from(["name", "bytes", "sha256"]))
+    changed = json_values.map(lambda v: {**known, key: v}) | json_values.map(
+        lambda v: {**known, "files": [{**known["files"][0], part: v}]}
+    )
+    found = data.draw(
+        st.binary(max_size=99) | mutilated(whole) | changed.map(lambda v: json.dumps(v).encode())
+    )
+    (tmp_path / name_of(1) / "manifest.json").write_bytes(found)
+    # What does not concern the values, such as who wrote it, may differ.
+    assert number_in(tmp_path) in (1, 2)
+    if not found.strip().startswith(b"{"):
+        assert number_in(tmp_path) == 1
 
 
 def node_file() -> bytes:

@@ -8,19 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gossip_hvd.execution import Executor
-from gossip_hvd.joining import Steps
-from gossip_hvd.mixing import Array, dtype_of
-from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
-from gossip_hvd.reductions import combine, neutral, scale
-from gossip_hvd.requests import (
-    OPS,
-    Request,
+from gossip_hvd.envelopes import (
     decode_requests,
     decode_responses,
     encode_requests,
     encode_responses,
 )
+from gossip_hvd.execution import Executor
+from gossip_hvd.joining import Steps
+from gossip_hvd.mixing import Array, dtype_of
+from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
+from gossip_hvd.reductions import combine, neutral, scale
+from gossip_hvd.requests import OPS, Request
 from gossip_hvd.small import deliver, is_small, packed
 
 
@@ -174,15 +173,72 @@ def test_who_has_joined_follows_every_step_of_the_others() -> None:
         assert coordinator.outgoing[rank][-1].rows == ((0, 1, 2),)
 
 
+def left(kind: str, ranks: list[int]) -> str:
+    return (
+        f"{kind} lacks ranks {ranks}, which have left: their program ended, or called sys.exit or "
+        f"shutdown. {SHUT_DOWN}"
+    )
+
+
+LEAVE = Request("shutdown", "shutdown")
+
+
 def test_who_leaves_fails_what_waits_for_it() -> None:
     coordinator = Coordinator(2, limit=10)
     coordinator.announce(0, [wanted("x")], 0)
-    coordinator.announce(1, [Request("shutdown", "shutdown")], 0)
-    assert told(coordinator, 0) == [("x", SHUT_DOWN)]
+    coordinator.announce(1, [LEAVE], 0)
+    assert told(coordinator, 0) == [("x", left("allreduce 'x'", [1]))]
     coordinator.announce(0, [wanted("y")], 0)
-    assert told(coordinator, 0) == [("y", SHUT_DOWN)]
-    coordinator.announce(0, [Request("shutdown", "shutdown")], 0)
+    assert told(coordinator, 0) == [("y", left("allreduce 'y'", [1]))]
+    coordinator.announce(0, [LEAVE], 0)
     assert told(coordinator, 1) == [("shutdown", "")]
+
+
+def test_what_a_rank_asked_for_before_it_left_is_carried_out() -> None:
+    coordinator = Coordinator(3, limit=10)
+    coordinator.announce(1, [wanted("x"), LEAVE], 0)
+    for rank in (0, 2):
+        coordinator.announce(rank, [wanted("x")], 50)
+    assert [told(coordinator, rank) for rank in range(3)] == [[("x", "")]] * 3
+
+
+def test_who_has_left_is_not_missed_by_process_sets_without_it() -> None:
+    coordinator = Coordinator(3, limit=10)
+    for rank in range(3):
+        coordinator.announce(rank, [Request("add_process_set", "s", splits=(0, 2))], 0)
+    coordinator.announce(1, [LEAVE], 0)
+    for rank in (0, 2):
+        coordinator.announce(rank, [wanted("x", members=1)], 0)
+    assert [told(coordinator, rank)[1:] for rank in (0, 2)] == [[("x", "")]] * 2
+
+
+def test_nobody_joins_a_rank_that_has_left() -> None:
+    coordinator = Coordinator(3, limit=10)
+    join = Request("join", "join", splits=(1,))
+    coordinator.announce(0, [join], 0)
+    coordinator.announce(1, [LEAVE], 0)
+    coordinator.announce(2, [join], 0)
+    for rank in (0, 2):
+        *_, response = coordinator.outgoing[rank]
+        assert (response.request.name, response.error) == ("join", left("join", [1]))
+        assert response.order == 0, "not all ranks are told"
+    coordinator.announce(0, [LEAVE], 0)
+    coordinator.announce(2, [LEAVE], 0)
+    assert coordinator.outgoing[1][-1].request.kind == "shutdown"
+
+
+def test_who_is_awaited_is_known_and_what_is_known_of_it_is_said() -> None:
+    coordinator = Coordinator(4, limit=10, warn=5, known=lambda ranks: f"{ranks} sleep.")
+    coordinator.announce(0, [wanted("x"), wanted("y")], 0)
+    coordinator.announce(2, [wanted("x")], 2)
+    coordinator.announce(1, [wanted("y"), wanted("z")], 3)
+    assert coordinator.awaited(0) == ()
+    assert coordinator.awaited(1) == (1, 2, 3)
+    assert coordinator.awaited(4) == (0, 1, 2, 3)
+    coordinator.look(6)
+    assert coordinator.warnings[0].endswith("STALL_TIMEOUT seconds. [1, 3] sleep.")
+    coordinator.look(11)
+    assert told(coordinator, 2)[0][1].endswith("[1, 3] sleep.")
 
 
 def test_process_sets_are_numbered_and_duplicates_refused() -> None:
@@ -210,18 +266,18 @@ def test_letters_arrive_as_they_were_sent() -> None:
         wanted("b", values=b"\0}\xff," * 6),
         Request("join", "join", splits=(1,)),
     ]
-    read = decode_requests(encode_requests(requests))
+    read = decode_requests(0, encode_requests(requests))
     assert read == requests
     assert [one.values for one in read] == [b"", b"\0}\xff," * 6, b""]
     others = [requests[0], wanted("b", values=b"1234" * 6), requests[2]]
-    assert decode_requests(encode_requests(others))[1].values == b"1234" * 6, "texts are kept"
+    assert decode_requests(0, encode_requests(others))[1].values == b"1234" * 6, "texts are kept"
     coordinator = Coordinator(1, limit=10)
     coordinator.announce(0, requests, 0)
     responses = coordinator.outgoing[0]
-    assert decode_responses(encode_responses(responses)) == responses
+    assert decode_responses(0, encode_responses(responses)) == responses
     assert [one.order for one in responses] == [1, 2, 3]
-    responses[1] = replace(responses[1], values=b"[]")
-    assert decode_responses(encode_responses(responses)) == responses
+    responses[1] = replace(responses[1], values=b"[]" * 12)
+    assert decode_responses(0, encode_responses(responses)) == responses
 
 
 def shares(dtype: str, ranks: int) -> list[Array]:

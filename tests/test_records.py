@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gossip_hvd.cli import main
 from gossip_hvd.postmortem import as_json, as_text, examine
-from gossip_hvd.recorder import Event
+from gossip_hvd.recorder import Event, Recorder
 from gossip_hvd.records import Record, RecordError, WaitRecord, path_of, read_record, write_record
 
 EVENTS = [
@@ -173,6 +173,26 @@ def test_no_flipped_byte_breaks_the_reader(tmp_path: Path, at: int, byte: int) -
         return
     assert report.sentence
     assert as_text(report).isprintable() or "\n" in as_text(report)
+
+
+kinds = st.sampled_from(["post", "word", "send", "sent", "received", "mixed", "done"])
+places = st.integers(-1, 1 << 62)
+
+
+@IN_ONE_FOLDER
+@given(noted=st.lists(st.tuples(kinds, *[places] * 5), max_size=12), capacity=st.integers(1, 6))
+def test_the_ring_holds_the_last_events_and_its_record_is_read_as_it_was(
+    tmp_path: Path, noted: list[tuple[Any, ...]], capacity: int
+) -> None:
+    ring = Recorder(capacity)
+    for one in noted:
+        ring(*one)
+    assert ring.count == len(noted)
+    assert [event[1:] for event in ring.events] == noted[-capacity:]
+    assert ring.flights == max((event.flight for event in ring.events), default=0)
+    found = read_record(write_record(tmp_path, PLAIN, ring.events))
+    assert [event[1:] for event in found.events] == noted[-capacity:]
+    assert all(abs(a.time - b.time) < 1e-5 for a, b in zip(found.events, ring.events, strict=True))
 
 
 # All of a job ----------------------------------------------------------------------------------

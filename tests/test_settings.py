@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gossip_hvd.errors import ConfigError, GossipError, unknown
 from gossip_hvd.options import EngineOptions
-from gossip_hvd.settings import PREFIX, VARIABLES, refuse_unknown, setting
+from gossip_hvd.settings import LONGEST, PREFIX, SCOPES, VARIABLES, refuse_unknown, setting
 
 GOOD = {
     "SCOPE": "world",
@@ -30,6 +33,11 @@ BAD = [
     ("STALL_TIMEOUT", "nan"),
     ("STALL_TIMEOUT", "inf"),
     ("STALL_TIMEOUT", "soon"),
+    ("STALL_TIMEOUT", "1e10"),
+    ("STALL_WARNING", "never"),
+    ("SCOPE", "World"),
+    ("METHOD", "gosip"),
+    ("RECORD_DIR", ""),
 ]
 
 
@@ -54,6 +62,43 @@ def test_bad_text_is_named(name: str, text: str) -> None:
     assert f"{PREFIX}{name}={text!r}" in sentence
     assert VARIABLES[name].expected in sentence
     assert caught.value.__suppress_context__
+
+
+texts = (
+    st.text(max_size=20)
+    | st.binary(max_size=20).map(os.fsdecode)  # as Python shows bytes that are no UTF-8
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.from_regex(r"[-+]?[0-9_]{1,30}([.eE][-+]?[0-9]{0,5})?", fullmatch=True)
+    | st.sampled_from(["never", "9" * 5000, "x" * 100_000, *SCOPES, "crossover"])
+)
+
+
+@settings(max_examples=1000)
+@given(st.sampled_from(sorted(VARIABLES)), texts)
+def test_any_text_is_a_value_or_an_error_that_names_the_variable(name: str, text: str) -> None:
+    try:
+        value = setting(name, environ={PREFIX + name: text})
+    except ConfigError as error:
+        assert str(error).startswith(f"{PREFIX}{name}=")
+        assert VARIABLES[name].expected in str(error)
+        assert len(str(error)) < 600
+        return
+    if isinstance(value, float):
+        assert 0 < value <= LONGEST or text == "never"
+    assert type(value) in (str, int, float)
+    assert value != ""
+
+
+@given(st.dictionaries(st.text(max_size=30).map(lambda t: PREFIX[: len(t)] + t) | st.text(), texts))
+def test_any_environment_is_known_or_refused_by_name(environ: dict[str, str]) -> None:
+    foreign = [k for k in environ if k.startswith(PREFIX) and k[len(PREFIX) :] not in VARIABLES]
+    try:
+        refuse_unknown(environ)
+    except ConfigError as error:
+        assert repr(foreign[0]) in str(error)
+        return
+    assert not foreign
 
 
 def test_an_argument_makes_bad_text_harmless() -> None:

@@ -125,3 +125,13 @@ def test_what_cannot_be_is_refused() -> None:
     assert not ring.unread(1)
     with pytest.raises(ConfigError, match="batch 1 of 2"):
         ring.take(1, len)
+
+
+def test_the_end_of_an_epoch_tells_of_its_progress_and_of_samples_that_may_still_travel() -> None:
+    ring = Ring(3, 8, 2)
+    ring.begin()
+    assert ring.ranks[0].facts().peers == (1, 2)
+    assert ring.ranks[0].facts().travels
+    before = [one.moved() for one in ring.ranks]
+    ring.begin()
+    assert [one.moved() - a for one, a in zip(ring.ranks, before, strict=True)] == [4, 4, 4]

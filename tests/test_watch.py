@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launch import launch
 
 from gossip_hvd import watch as watch_module
 from gossip_hvd.endings import STALLED
 from gossip_hvd.errors import StallError
+from gossip_hvd.inquiry import FEW, Inquiry
 from gossip_hvd.letters import LetterBox
 from gossip_hvd.recorder import Recorder
 from gossip_hvd.records import path_of, read_record
+from gossip_hvd.terminate import Terminator
 from gossip_hvd.waits import Facts, standing, waiting
-from gossip_hvd.watch import Patience, Watch
+from gossip_hvd.watch import TICK, Patience, Watch
 
 
 class Ended:
@@ -187,6 +195,26 @@ def test_the_peer_is_asked_and_its_answer_is_told(said: dict[str, str] | None, w
         assert time.monotonic() - since < 20
 
 
+@pytest.mark.parametrize("travels", [False, True])
+def test_a_wait_for_one_that_has_left_goes_on_while_data_may_still_travel(
+    travels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_module, "GONE", 0.1)
+    mail = Mail()
+    with watched(60, 300) as (made, _):
+        made.connect(mail.of(0))
+        peer = LetterBox(mail.of(1))
+        with waiting(Facts("rank 0 waits", (1,), travels=travels)) as wait:
+            wait_for(lambda: bool(peer.receive()))
+            peer.send([0], "answer", host="far", state="left")
+            wait_for(lambda: "has left" in made.known([1]))
+            if travels:
+                time.sleep(3 * TICK)
+                wait.check()
+            else:
+                wait_for(lambda: wait.over is not None)
+
+
 def test_who_is_asked_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     mail = Mail()
     with watched(0.4, 60) as (made, _):
@@ -196,3 +224,187 @@ def test_who_is_asked_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     (sender, content), *_ = LetterBox(mail.of(1)).receive()
     assert (sender, content["kind"], content["state"]) == (0, "answer", "computing")
     assert "test_watch.py" in content["where"]
+
+
+plain: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+said = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["answer", *Terminator.KINDS])},
+    optional={
+        "state": st.sampled_from(["left", "paused", "waiting", "computing"]) | plain,
+        "sequences": st.dictionaries(st.just("model"), plain) | plain,
+        **dict.fromkeys(("host", "holder", "where", "text", "step"), plain),
+    },
+)
+
+
+@given(st.binary(max_size=60) | said.map(lambda found: json.dumps(found).encode()))
+def test_no_letter_breaks_the_watch(letter: bytes) -> None:
+    mail = Mail()
+    box = LetterBox(mail.of(0))
+    inquiry, terminator = Inquiry(box), Terminator(0, 2, box)
+    mail.of(1).send(0, letter)
+    for sender, content in box.receive():
+        inquiry.hear(sender, content, 1.0)
+        facts = Facts("", (1,), key="model", sequence=3)
+        assert type(inquiry.holder(1, 1.0)) in (int, bool)
+        assert inquiry.has_left(1, facts, 1.0) in (True, False)
+        assert inquiry.all_wait([1], 1.0) in (True, False)
+        assert inquiry.paused(1, 1.0) in (True, False)
+        assert all(isinstance(phrase, str) for phrase in inquiry.phrases([1], 1.0))
+        if content["kind"] in Terminator.KINDS:
+            terminator.hear(sender, content)
+
+
+# Many peers --------------------------------------------------------------------------------------
+
+
+class Asked:
+    """Letters of one rank: those that it sends are counted, and answered as each peer would."""
+
+    def __init__(self, answers: dict[int, dict[str, object]]) -> None:
+        self.answers, self.count = answers, Counter[int]()
+        self.box = LetterBox(self)
+
+    def send(self, peer: int, letter: bytes) -> None:
+        self.count[peer] += 1
+
+    def receive(self) -> tuple[int, bytes] | None:
+        return None
+
+    def look(self, inquiry: Inquiry, ranks: Sequence[int], now: float) -> set[int]:
+        """One look of the watch; returns who was asked."""
+        before = Counter(self.count)
+        inquiry.ask(ranks, now)
+        asked = set(self.count - before)
+        for rank in asked & set(self.answers):
+            inquiry.hear(rank, self.answers[rank], now)
+        return asked
+
+
+def test_of_many_peers_a_few_are_asked_at_each_look_and_everybody_in_turn() -> None:
+    ranks = range(1, 101)
+    mail = Asked({rank: {"state": "waiting", "host": "h"} for rank in ranks})
+    inquiry = Inquiry(mail.box, 5)
+    looks = [mail.look(inquiry, ranks, 0.5 * i) for i in range(13)]
+    assert set().union(*looks) == set(ranks)
+    assert max(map(len, looks)) == FEW
+    assert max(mail.count.values()) <= 2
+
+
+def test_two_waits_of_one_look_skip_nobody() -> None:
+    mail = Asked({})
+    inquiry = Inquiry(mail.box)
+    for i in range(40):
+        mail.look(inquiry, range(16), float(i))
+        mail.look(inquiry, range(100, 200), float(i))
+    assert set(mail.count) == {*range(16), *range(100, 200)}
+
+
+@pytest.mark.parametrize("said", [{"state": "left"}, {"state": "waiting", "holder": 7}])
+def test_whose_answer_decides_is_asked_at_every_turn(said: dict[str, object]) -> None:
+    """An answer is good for four seconds only, and a turn around all takes longer."""
+    ranks = range(400)
+    mail = Asked({300: {"host": "far", **said}})
+    inquiry = Inquiry(mail.box)
+    heard = [
+        inquiry.phrases([300], 0.5 * i)
+        for i in range(200)
+        if mail.look(inquiry, ranks, 0.5 * i) or True
+    ]
+    first = next(i for i, found in enumerate(heard) if found)
+    assert first < 52
+    assert all(found and "far" in found[0] for found in heard[first:])
+
+
+def test_who_merely_waits_is_named_last_and_whose_turn_is_over_is_not_called_silent() -> None:
+    ranks = range(24)
+    answers: dict[int, dict[str, object]] = {
+        rank: {"state": "waiting", "host": "h", "text": ""} for rank in ranks if rank != 9
+    }
+    mail = Asked(answers | {20: {"state": "computing", "host": "h", "where": "train.py:9"}})
+    inquiry = Inquiry(mail.box)
+    for i in range(12):
+        mail.look(inquiry, ranks, 0.5 * i)
+    first, second, *rest = inquiry.phrases(ranks, 6.0)
+    assert {first.split()[1], second.split()[1]} == {"9", "20"}
+    assert "Rank 9 does not answer" in f"{first} {second}"
+    assert all("waits too" in phrase for phrase in rest)
+    assert inquiry.phrases(ranks, 60.0) == [
+        "Rank 9 does not answer: it is stopped, or its host or link is gone."
+    ]
+
+
+# Clocks ------------------------------------------------------------------------------------------
+
+
+def test_the_clock_counts_neither_the_time_that_a_process_was_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is measured here but what a stopped clock would show."""
+    hours = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr(watch_module.time, "monotonic", lambda: float(next(hours)))
+    with watched(9, 0.4) as (made, _):
+        wait_for(lambda: made.clock > 0.3)
+        assert made.clock < 1.0
+
+
+def test_the_clock_stands_still_while_a_debugger_holds_this_rank_or_an_awaited_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mail, held = Mail(), True
+    monkeypatch.setattr(watch_module, "in_debugger", lambda: held)
+    with watched(9, 0.1) as (made, _):
+        made.connect(mail.of(0))
+        wait_for(lambda: made._holder == 0)
+        before = made.clock
+        time.sleep(0.3)
+        assert made.clock <= before + 0.05
+        held, made.awaited = False, (1,)
+        peer = LetterBox(mail.of(1))
+        wait_for(lambda: bool(peer.receive()))
+        peer.send([0], "answer", host="far", state="paused", holder=1)
+        wait_for(lambda: made._holder == 1)
+        before = made.clock
+        time.sleep(0.3)
+        assert made.clock <= before + 0.05
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    until = time.perf_counter() + 20
+    while not ready():
+        assert time.perf_counter() < until, "never came"
+        time.sleep(0.005)
+
+
+# SIGTERM while a record is written ---------------------------------------------------------------
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from pathlib import Path
+from gossip_hvd import records, watch
+from gossip_hvd.endings import record_on_sigterm
+real = records.write_record
+def slow(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+        threading.Event().wait(1e-5)  # Python runs the handler here.
+    return real(*arguments)
+watch.write_record = slow
+one = watch.Watch(0, 1, "here", watch.Patience(60, 300), os._exit, Path(sys.argv[1]))
+record_on_sigterm(one.write)
+one.write("the first reason")
+signal.pause()
+"""
+
+
+def test_sigterm_while_the_record_is_written_waits_for_it_and_ends_the_process(
+    tmp_path: Path,
+) -> None:
+    outcome = launch(INTERRUPTED, 1, str(tmp_path), launcher="python", limit=30)
+    assert outcome.code in (143, -15), outcome
+    assert read_record(path_of(tmp_path, 0)).why == "the first reason"
+    assert [p.name for p in tmp_path.iterdir()] == ["rank00000.jsonl"]

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -121,18 +121,28 @@ def remove(directory: Path, number: int) -> None:
         path.rmdir()
 
 
-def prune(directory: Path, newest: int, keep: int) -> None:
+def finished(directory: Path) -> list[int]:
+    """The checkpoints in a directory that have a manifest, oldest first."""
+    return [n for n in numbers(directory) if os.path.lexists(directory / name_of(n) / MANIFEST)]
+
+
+def prune(directory: Path, newest: int, keep: int, everywhere: Collection[int]) -> None:
     """Delete all checkpoints before ``newest`` but the last finished ones.
+
+    Where nodes have disks of their own, some may lack what others have. Then the last ones that
+    are finished everywhere are kept too: only they can be gone back to.
 
     Args:
         directory: of the checkpoints.
         newest: the number of the one that has just been finished.
         keep: how many finished ones to keep, ``newest`` included.
+        everywhere: those that are finished on all nodes.
     """
-    before = [n for n in numbers(directory) if n < newest]
-    finished = [n for n in before if os.path.lexists(directory / name_of(n) / MANIFEST)]
-    kept = set(finished[max(0, len(finished) - (keep - 1)) :])
-    for number in before:
+    kept: set[int] = set()
+    for known in (finished(directory), everywhere):
+        before = sorted(n for n in known if n < newest)
+        kept.update(before[max(0, len(before) - (keep - 1)) :])
+    for number in (n for n in numbers(directory) if n < newest):
         if number not in kept:
             remove(directory, number)
     _sync(directory)

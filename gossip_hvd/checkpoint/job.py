@@ -142,15 +142,16 @@ def save(party: Party, directory: Path, content: Callable[[], Content], keep: in
     try:
         party.leaders(SAVE, lambda: draft.create(header))
         party.together(SAVE, lambda: draft.write(pieces))
-        found = party.leaders(SAVE, draft.finish)
-        whole = Manifest(number, party.cluster.nodes, _files(party, found))
+        found = party.leaders(SAVE, lambda: (draft.finish(), folder.finished(directory)))
+        files, everywhere = _files(party, found)
+        whole = Manifest(number, party.cluster.nodes, files)
         party.leaders(SAVE, lambda: draft.commit(whole))
     except CheckpointError:
         # All ranks have agreed on it. After what one rank alone has met, an interrupt say, the
         # checkpoint may be whole, and others may be deleting the ones before.
         _forget(party, directory, number)
         raise
-    party.leaders(SAVE, lambda: folder.prune(directory, number, keep))
+    party.leaders(SAVE, lambda: folder.prune(directory, number, keep, everywhere))
     return directory / folder.name_of(number)
 
 
@@ -193,11 +194,16 @@ def _lay_out(ranks: Sequence[Mapping[str, Any]]) -> tuple[Header, list[dict[int,
     return tensors.lay_out(kinds.items(), texts), places
 
 
-def _files(party: Party, found: File | None) -> tuple[File, ...]:
-    """Every node's file as its first rank has seen it."""
-    mine = json.dumps(None if found is None else [found.nbytes, found.sha256]).encode()
-    every = [json.loads(text) for text in party.world.allgather(mine, SAVE)]
-    return tuple(File(*every[ranks[0]]) for ranks in party.cluster.nodes)
+def _files(party: Party, found: tuple[File, list[int]] | None) -> tuple[tuple[File, ...], set[int]]:
+    """Every node's file as its first rank has seen it, and which checkpoints all nodes have."""
+    said = None
+    if found is not None:
+        file, finished = found
+        said = [file.nbytes, file.sha256, finished]
+    every = [json.loads(t) for t in party.world.allgather(json.dumps(said).encode(), SAVE)]
+    firsts = [every[ranks[0]] for ranks in party.cluster.nodes]
+    files = tuple(File(nbytes, digest) for nbytes, digest, _ in firsts)
+    return files, set.intersection(*(set(finished) for _, _, finished in firsts))
 
 
 def _forget(party: Party, directory: Path, number: int) -> None:

@@ -79,13 +79,11 @@ def parse(data: bytes, number: int) -> Manifest:
         raise CheckpointError("its manifest is not that of a gossip_hvd checkpoint.")
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"it is of format version {str(content.get('version'))[:40]}, written by "
-            f"{str(content.get('written_by'))[:80]}; this gossip_hvd reads version {VERSION}."
+            f"it is of format version {content.get('version')!r:.40}, written by "
+            f"{content.get('written_by')!r:.80}; this gossip_hvd reads version {VERSION}."
         )
     if content.get("number") != number:
-        raise CheckpointError(
-            f"its manifest is that of checkpoint {str(content.get('number'))[:40]}."
-        )
+        raise CheckpointError(f"its manifest is that of checkpoint {content.get('number')!r:.40}.")
     nodes, entries = _nodes(content.get("nodes")), content.get("files")
     if not isinstance(entries, list) or len(entries) != len(nodes):
         raise CheckpointError("its manifest does not name one file a node.")

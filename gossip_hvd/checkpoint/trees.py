@@ -83,7 +83,7 @@ def unflatten(tree: Any, count: int, tensor: Callable[[int], Any]) -> Any:
         ((kind, content),) = part.items()
         if kind == "tensor":
             if type(content) is not int or not 0 <= content < count:
-                raise _damaged(f"tensor {str(content)[:20]} of {count}")
+                raise _damaged(f"tensor {content!r:.20} of {count}")
             return tensor(content)
         if kind not in ("dict", "list", "tuple") or not isinstance(content, list):
             raise _damaged(f"an entry of kind {kind[:20]!r}")

@@ -43,6 +43,7 @@ def broadcast_variables(
         values = np.array(_values(variable), copy=True, order="C")
         world.broadcast(values.reshape(-1).view(np.uint8), root_rank, "broadcast_variables")
         variable.assign(values)
+    _received(world, "broadcast_variables")
 
 
 def require_everybody(process_set: Any, what: str) -> None:
@@ -123,6 +124,7 @@ def broadcast_object(
     world.broadcast(length.view(np.uint8), root_rank, "broadcast_object")
     buffer = np.frombuffer(data.ljust(int(length[0]), b"\0"), np.uint8).copy()
     world.broadcast(buffer, root_rank, "broadcast_object")
+    _received(world, "broadcast_object")
     received: T = cloudpickle.loads(buffer.tobytes())
     return obj if mine else received
 
@@ -155,6 +157,15 @@ def join(device: int = -1) -> int:
     Gradients and rounds of gossip know nothing of it: train equally many steps on all ranks.
     """
     return session.current().operations.join(lambda _: None)[-1]
+
+
+def _received(world: Any, what: str) -> None:
+    """Return when everybody has what the root sent.
+
+    Else the root, whose part is soon over, might leave, and who still receives would believe that
+    it has left without sending.
+    """
+    world.barrier(what)
 
 
 def _world() -> Any:

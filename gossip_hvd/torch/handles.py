@@ -87,7 +87,8 @@ def synchronize(handle: Any) -> Any:
     if isinstance(handle, Pending):
         return handle.synchronize()
     current = session.current()
-    return watched(handle, lambda: current.waits_for(range(current.world.size), "synchronize"))
+    facts = partial(current.waits_for, range(current.world.size), "synchronize", travels=True)
+    return watched(handle, facts)
 
 
 def watched(handle: int, facts: Callable[[], Facts]) -> Any:
@@ -144,7 +145,7 @@ def begin(
         handle = _at_horovod(kind, sources, name, inside, grouped, inplace, details)
         done: Callable[[], bool] = partial(horovod.poll, handle)
         ranks, what = process_set.ranks or (), f"{kind} {name!r}"
-        facts = partial(session.current().waits_for, ranks, what)
+        facts = partial(session.current().waits_for, ranks, what, travels=True)
         wait: Callable[[], Any] = partial(watched, handle, facts)
     else:
         done, wait = _ours(kind, sources, name, number_of(process_set), inplace, details)

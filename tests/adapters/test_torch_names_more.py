@@ -88,7 +88,8 @@ def test_barrier_fails_with_horovods_error(me: Rank) -> None:
         with pytest.raises(hvd.HorovodInternalError, match="Mismatched collective operations"):
             hvd.barrier()
     else:
-        other = operations.submit("allgather", operations.next_name("barrier"), shapes=[(1,)])
+        one = {"shapes": [(1,)], "given": ("float32",)}
+        other = operations.submit("allgather", operations.next_name("barrier"), **one)
         with pytest.raises(OperationError):
             other.wait()
 

@@ -35,6 +35,7 @@ def init(
         process_sets,
         horovod_scope=horovod_scope,
         node_size=node_size,
+        packages=("keras",),
     )
 
 
