@@ -68,6 +68,7 @@ def launch(
     launcher: str = "mpirun",
     limit: float = 60.0,
     environ: Mapping[str, str] | None = None,
+    patience: float = 3.0,
 ) -> Outcome:
     """Run a Python program on ``ranks`` ranks until it ends, or the limit ends it.
 
@@ -78,6 +79,7 @@ def launch(
         launcher: one of ``LAUNCHERS``; ``"python"`` for one process.
         limit: seconds.
         environ: further variables.
+        patience: seconds for which processes may outlive the launcher.
     """
     mark = uuid.uuid4().hex
     python = [sys.executable, *([str(program)] if isinstance(program, Path) else ["-c", program])]
@@ -114,7 +116,7 @@ def launch(
     except BaseException:
         _end(processes(mark))
         raise
-    return Outcome(code, time.monotonic() - started, out, err, _left(mark))
+    return Outcome(code, time.monotonic() - started, out, err, _left(mark, patience))
 
 
 def _end_with_parent() -> None:
@@ -129,7 +131,7 @@ def processes(mark: str) -> tuple[int, ...]:
     return tuple(int(p.name) for p in Path("/proc").glob("[0-9]*") if needle in _environ(p))
 
 
-def _left(mark: str, patience: float = 3.0) -> tuple[int, ...]:
+def _left(mark: str, patience: float) -> tuple[int, ...]:
     """What is still there a moment after the launcher has gone; ended by us."""
     until = time.monotonic() + patience
     while (left := processes(mark)) and time.monotonic() < until:

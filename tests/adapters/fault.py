@@ -82,7 +82,7 @@ def train(steps, at=20, trouble=None, ranks=(1,), where="step", workers=0, width
     batches = iter(data)
     for step in range(steps):
         if mine and step == at:
-            if where == "step":
+            if where in ("step", "worker"):
                 trouble()
             elif where == "forward":
                 model.register_forward_hook(trouble)
@@ -97,7 +97,7 @@ def train(steps, at=20, trouble=None, ranks=(1,), where="step", workers=0, width
                 say()
                 with torch.no_grad():
                     model.weight[0, 0] = float("nan")
-        batch = next(batches) if where == "loader" else torch.ones(4, 3)
+        batch = next(batches) if workers else torch.ones(4, 3)
         optimizer.zero_grad()
         model(batch).sum().backward()
         optimizer.step()
@@ -149,6 +149,7 @@ class Fault:
         ranks: number of processes.
         environ: further variables; ``{folder}`` stands for the launch's own folder.
         launcher: see ``launch``.
+        patience: likewise.
         then: a program that the same ranks run afterwards in the same folder; it must end well.
         then_words: a pattern that its output must show.
     """
@@ -160,6 +161,7 @@ class Fault:
     ranks: int = 2
     environ: Mapping[str, str] = field(default_factory=lambda: NEVER)
     launcher: str = "mpirun"
+    patience: float = 3.0
     then: str = ""
     then_words: str = ""
 
@@ -218,9 +220,15 @@ def run(fault: Fault) -> Seen:
             "FOLDER": "{folder}",
         }
         environ = {k: v.format(folder=folder) for k, v in {**places, **fault.environ}.items()}
-        options = {"launcher": fault.launcher, "limit": LIMIT, "environ": environ}
+        options = {
+            "launcher": fault.launcher,
+            "limit": LIMIT,
+            "environ": environ,
+            "patience": fault.patience,
+        }
+        started = time.time()
         outcome = launch(PRELUDE + fault.body, fault.ranks, **options)
-        ended = time.time()
+        ended = started + outcome.seconds
         then = launch(PRELUDE + fault.then, fault.ranks, **options) if fault.then else None
         began = re.findall(r"trouble at ([0-9.]+)", outcome.out)
         after = ended - float(min(began)) if began else float("nan")

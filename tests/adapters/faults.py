@@ -89,6 +89,13 @@ FAULTS: tuple[Fault, ...] = (
         ranks=4,
     ),
     Fault(
+        "SIGKILL of a rank with a worker of the DataLoader",
+        "train(1500, 20, lambda: kill(9), where='worker', workers=1)",
+        137,
+        killed("1"),
+        patience=15.0,  # PyTorch's workers look for their parent every 5 s
+    ),
+    Fault(
         "SIGSTOP of a rank",
         "train(4000, 20, lambda: kill(signal.SIGSTOP))",
         75,
