@@ -17,8 +17,8 @@ from horovod.torch import mpi_ops
 from gossip_hvd import session
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import running
+from gossip_hvd.torch.gossip import TorchGossip
 from gossip_hvd.torch.handles import horovods_error
-from gossip_hvd.torch.optimizer import TorchGossip
 from gossip_hvd.torch.process_sets import (
     ProcessSet,
     global_process_set,
