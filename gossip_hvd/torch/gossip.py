@@ -23,6 +23,7 @@ from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import Gossip, running
 from gossip_hvd.methods import Method
 from gossip_hvd.options import EngineOptions
+from gossip_hvd.progress import Steps
 from gossip_hvd.rounds import MOMENTUM, VARIANCE
 from gossip_hvd.segments import Layout
 from gossip_hvd.torch.attachment import Attachment, with_it
@@ -30,6 +31,7 @@ from gossip_hvd.torch.handles import begin, watched
 from gossip_hvd.torch.memory import TorchMemory, field_of
 from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions, weakly
 from gossip_hvd.torch.saved import arrays_as, bytes_of
+from gossip_hvd.torch.shadows import NEXT, PAID, STEPPED, Shadows
 
 HISTORY = {MOMENTUM: ("momentum_buffer", "exp_avg"), VARIANCE: ("exp_avg_sq",)}
 """Where PyTorch's optimizers keep a payload slot's values."""
@@ -40,6 +42,7 @@ class TorchGossip(Gossip):
 
     Attributes:
         offered: all names that the user gave, also of parameters that the optimizer may yet get.
+        shadows: the ranks of this node that are out of data.
     """
 
     offered: Sequence[Named] = ()
@@ -68,6 +71,8 @@ class TorchGossip(Gossip):
         self._named, self._segments = list(named), segments
         self._depth, self._skipping = 0, False
         self._polling: dict[int, Any] = {}
+        self.shadows = Shadows(self, lambda: self._live())
+        self._step = 0
         self._build()
         scale = current.cluster.gradient_scale(current.node)
         process_set, ranks = current.process_sets["torch"], current.node_ranks
@@ -155,7 +160,8 @@ class TorchGossip(Gossip):
 
     def pay(self) -> bool:
         """See ``Gossip.pay``; inside a step, which may compute gradients, weights are its own."""
-        return self._depth == 0 and super().pay()
+        allowed = self.shadows.paying if self.shadows.led else self._depth == 0
+        return allowed and super().pay()
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within it, backward passes accumulate gradients without averaging them, as in DDP."""
@@ -164,10 +170,18 @@ class TorchGossip(Gossip):
     def follow(self) -> None:
         """Repeat a step of ranks that still have data, with gradients of zero; see ``join``."""
         optimizer = self._optimizer()
-        if optimizer is not None:
+        if optimizer is None:
+            return
+        self.shadows.following = True
+        try:
             self._reduction.follow()
-            optimizer.step()
-            optimizer.zero_grad()
+            if self.shadows.led:
+                self.shadows.follow()
+            else:
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            self.shadows.following = False
 
     def equalize(self, root: int, members: Any) -> None:
         """Take the weights of one rank; all of its process set must call.
@@ -187,15 +201,20 @@ class TorchGossip(Gossip):
         self.poll()
 
     def _at_begin_of_reduction(self) -> None:
+        self.shadows.skip(NEXT)
         if not self.delegated:  # Those steps are Horovod's to follow, and not all ranks make them.
-            self.session.operations.step(self.key)
+            self._step = self.session.operations.step(self.key)
 
     def _at_end_of_backward(self) -> None:
         if self._trained != [p.requires_grad for _, p in self._named]:
             self._rebuild()
+        if not self.delegated:
+            paying = self._depth == 0 and self.engine.owed > self.options.staleness
+            self.shadows.meet(self._step, paying)
         if self.method.needs_rate:
             self.learn(self._rates())
         self.reduced()
+        self.shadows.pending = self.shadows.leader is not None
 
     def _rates(self) -> list[float]:
         """The learning rate of every field."""
@@ -257,8 +276,13 @@ class TorchGossip(Gossip):
         self._depth -= 1
         if self._depth == 0:
             self._reduction.used()
+            self.shadows.settle(STEPPED)
             self.stepped()
             self.completed()
+
+    def _run(self, steps: Steps) -> None:
+        self.shadows.settle(PAID)
+        super()._run(steps)
 
     def _build(self) -> None:
         """Make layout, memory and engine for the parameters that want gradients now."""
