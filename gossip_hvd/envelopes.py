@@ -31,8 +31,8 @@ DTYPES = frozenset(
 """What tensors are made of."""
 
 TENSORS = KINDS[: KINDS.index("barrier")]
-NUMBERED = ("join", "steps", "remove_process_set")
-"""The operations of tensors, and those whose requests have one number in ``splits``."""
+NUMBERED = {"join": 2, "steps": 2, "remove_process_set": 1}
+"""The operations of tensors, and how many numbers the requests of others have in ``splits``."""
 
 LARGEST = 1 << 48
 """Of a dimension, a count or a rank."""
@@ -151,7 +151,7 @@ def _requests(text: bytes) -> tuple[tuple[Request, int], ...]:
     """Requests, and how many bytes of values each of them has."""
     found = [_request(one) for one in _list(json.loads(text))]
     for one in found:
-        if one.kind == "watch" or (one.kind in NUMBERED and len(one.splits) != 1):
+        if one.kind == "watch" or len(one.splits) != NUMBERED.get(one.kind, len(one.splits)):
             raise ValueError(f"a request of {one.kind} with numbers {one.splits!r}")
     return tuple((one, _size(one)) for one in found)
 
@@ -164,6 +164,9 @@ def _response_text(responses: tuple[Response, ...]) -> bytes:
 @lru_cache(maxsize=256)
 def _responses(text: bytes) -> tuple[tuple[Response, int], ...]:
     found = [_response(one) for one in _list(json.loads(text))]
+    for request in (one.request for one in found):
+        if request.kind == "watch" and len(request.splits) != 2:
+            raise ValueError(f"a response of watch with numbers {request.splits!r}")
     return tuple((one, 0 if one.error else _size(one.request)) for one in found)
 
 

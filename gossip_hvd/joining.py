@@ -4,6 +4,9 @@ A step is one completed reduction of gradients. Every rank counts its steps and 
 optimizer made them; while nobody has joined, that is all. The first ``join`` makes rank 0 ask all
 others to report their steps, and each step that anybody has begun is then repeated, in order, by
 every rank that has joined. So all ranks make equally many steps, whatever the method.
+
+Ranks that have data know who has joined after which step, and say so with their reports; nobody
+follows before all have. So whoever completes a step together with one that follows knows that.
 """
 
 from __future__ import annotations
@@ -19,10 +22,16 @@ TAIL = 256
 
 
 class Steps:
-    """The steps of one rank; may be used from several threads."""
+    """The steps of one rank; may be used from several threads.
+
+    Attributes:
+        count: how many there are.
+        joined: the last step of each rank that is known to have joined.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.joined: dict[int, int] = {}
         self._lock = threading.Lock()
         self._tail: deque[str] = deque(maxlen=TAIL)
 
@@ -31,13 +40,21 @@ class Steps:
         with self._lock:
             self.count += 1
             self._tail.append(key)
-            return Request("steps", "steps", dtypes=(key,), splits=(self.count,))
+            return Request("steps", "steps", dtypes=(key,), splits=(self.count, len(self.joined)))
 
     def report(self, kind: str) -> Request:
         """All steps that are remembered, as a request of this kind."""
         with self._lock:
             tail = tuple(self._tail)
-            return Request(kind, kind, dtypes=tail, splits=(self.count - len(tail) + 1,))
+            first = self.count - len(tail) + 1
+            return Request(kind, kind, dtypes=tail, splits=(first, len(self.joined)))
+
+    def note(self, watch: Request) -> Request:
+        """Some rank has joined; returns the report that confirms it."""
+        rank, last = watch.splits
+        with self._lock:
+            self.joined[rank] = last
+        return self.report("steps")
 
 
 class Joining:
@@ -55,29 +72,34 @@ class Joining:
         self._size = size
         self._log: dict[int, str] = {}
         self._done: dict[int, int] = {}
+        self._confirmed: dict[int, int] = {}
 
     @property
     def over(self) -> bool:
         """Whether everybody has joined."""
         return len(self.order) == self._size
 
-    def join(self, rank: int, request: Request) -> list[int]:
-        """A rank has no more data; returns the ranks that shall report from now on."""
+    def join(self, rank: int, request: Request) -> list[tuple[int, Request]]:
+        """A rank has no more data; returns what to tell the ranks that have some."""
         if rank in self.order:
             return []
-        self.heard(request)
+        self.heard(rank, request)
         self.order.append(rank)
-        self._done[rank] = request.splits[0] + len(request.dtypes) - 1
-        return [r for r in range(self._size) if r not in self.order]
+        self._done[rank] = last = request.splits[0] + len(request.dtypes) - 1
+        watch = Request("watch", "watch", splits=(rank, last))
+        return [(other, watch) for other in self._busy()]
 
-    def heard(self, request: Request) -> None:
-        """Some rank has begun these steps."""
+    def heard(self, rank: int, request: Request) -> None:
+        """A rank has begun these steps, and knows of so many that have joined."""
+        first, *known = request.splits
+        self._confirmed[rank] = sum(known)
         for i, key in enumerate(request.dtypes):
-            self._log.setdefault(request.splits[0] + i, key)
+            self._log.setdefault(first + i, key)
 
     def following(self) -> Iterator[tuple[int, Request]]:
         """For each rank that has joined, the steps that it has not been told of."""
-        for rank in self.order:
+        known = min((self._confirmed.get(rank, 0) for rank in self._busy()), default=self._size)
+        for rank in self.order[:known]:
             while (key := self._log.get(self._done[rank] + 1)) is not None:
                 self._done[rank] += 1
                 yield rank, Request("steps", key, splits=(self._done[rank],))
@@ -89,9 +111,14 @@ class Joining:
         self.order.clear()
         self._log.clear()
         self._done.clear()
+        self._confirmed.clear()
         if behind:
             return (
                 f"join: ranks {behind} were more than {TAIL} steps behind when they joined, and "
                 "cannot follow. Give ranks data of more equal length."
             )
         return ""
+
+    def _busy(self) -> list[int]:
+        """The ranks that have not joined."""
+        return [rank for rank in range(self._size) if rank not in self.order]

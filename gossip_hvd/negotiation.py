@@ -86,7 +86,7 @@ class Coordinator:
             if request.kind == "join":
                 self._join(rank, request)
             elif request.kind == "steps":
-                self._joining.heard(request)
+                self._joining.heard(rank, request)
                 self._lead()
             elif request.kind == "shutdown":
                 self._leave(rank, request)
@@ -162,8 +162,8 @@ class Coordinator:
         if self._gone:
             self._tell_in_vain((rank,))
             return
-        for other in self._joining.join(rank, request):
-            self._tell((other,), Response(Request("watch", "watch")))
+        for other, watch in self._joining.join(rank, request):
+            self._tell((other,), Response(watch))
         for key in self._names():
             self._settle(key)
         self._lead()

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -156,7 +156,7 @@ class Operations:
         self._epoch += 1
         self._numbers.clear()
 
-    def step(self, key: str) -> None:
+    def step(self, key: str) -> int:
         """Count one step of the optimizer with this key; cheap while nobody has joined.
 
         Call it when this rank's part of the step can no longer be taken back, and before waiting
@@ -166,6 +166,15 @@ class Operations:
         if self._watched:
             self._new.append(report)
             self._work.set()
+        return report.splits[0]
+
+    def shadowed(self, step: int, ranks: Iterable[int]) -> bool:
+        """Whether any of these ranks takes part in a step, or has, without data of its own.
+
+        Certain for a step that they have completed together with this rank.
+        """
+        joined = self._steps.joined
+        return any(rank in joined and joined[rank] < step for rank in ranks)
 
     def join(self, follow: Callable[[str], None]) -> tuple[int, ...]:
         """Say that this rank is out of data; returns once all ranks have said so.
@@ -311,6 +320,7 @@ class Operations:
             self._executor.run(batch, mine)
             if batch[0].request.kind == "join":
                 self._watched = False
+                self._steps.joined.clear()
                 if batch[0].order:  # All ranks are told.
                     self.renumber()
                 self._followed.put(None)
@@ -322,7 +332,7 @@ class Operations:
         """What concerns ranks that are out of data."""
         if response.request.kind == "watch":
             self._watched = True
-            self._new.append(self._steps.report("steps"))
+            self._new.append(self._steps.note(response.request))
         elif response.request.kind == "steps":
             self._followed.put(response.request.name)
 

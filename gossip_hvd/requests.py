@@ -49,8 +49,8 @@ class Request:
         postscale: factor after it.
         splits: for ``alltoall``, rows to each rank; for ``add_process_set``, its world ranks; for
             ``remove_process_set``, its number; for ``join`` and ``steps`` the position of the
-            first of the steps that ``dtypes`` then names. Empty splits of an alltoall mean equal
-            ones.
+            first of the steps that ``dtypes`` then names, and how many are known to have joined;
+            for ``watch`` who has, and its last step. Empty splits of an alltoall mean equal ones.
         values: those of this rank, where they travel with the request (see ``small``).
     """
 

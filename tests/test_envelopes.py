@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gossip_hvd.envelopes import (
     DTYPES,
+    NUMBERED,
     decode_requests,
     decode_responses,
     encode_requests,
@@ -45,8 +46,8 @@ def requests(draw: st.DrawFn) -> Request:
     if kind == "alltoall":
         shape = ((4, 2),)
     dtypes = tuple(draw(st.sampled_from(sorted(DTYPES))) for _ in shape)
-    one = kind in ("join", "steps", "remove_process_set")
-    splits = st.lists(numbers, max_size=3) if not one else st.lists(numbers, min_size=1, max_size=1)
+    count = NUMBERED.get(kind)
+    splits = st.lists(numbers, min_size=count or 0, max_size=3 if count is None else count)
     made = Request(
         kind,
         draw(names),
@@ -215,6 +216,13 @@ def test_values_of_another_length_than_their_shapes_are_refused() -> None:
 def test_what_no_rank_asks_for_is_refused_with_its_reason(one: Request, why: str) -> None:
     with pytest.raises(ProtocolError, match=f"rank {SENDER} sent .*{why}"):
         decode_requests(SENDER, encode_requests([one]))
+
+
+def test_who_has_joined_after_which_step_is_two_numbers() -> None:
+    for splits in ((), (1,), (1, 2, 3)):
+        letter = encode_responses([Response(Request("watch", "watch", splits=splits))])
+        with pytest.raises(ProtocolError, match="a response of watch"):
+            decode_responses(0, letter)
 
 
 def test_a_process_set_that_does_not_exist_is_an_error_on_all_ranks() -> None:

@@ -153,6 +153,10 @@ def followed(coordinator: Coordinator, rank: int) -> list[str]:
     return names
 
 
+def joined(rank: int, last: int) -> Request:
+    return Request("watch", "watch", splits=(rank, last))
+
+
 def test_who_has_joined_follows_every_step_of_the_others() -> None:
     steps = [Steps() for _ in range(3)]
     coordinator = Coordinator(3, limit=10)
@@ -162,12 +166,16 @@ def test_who_has_joined_follows_every_step_of_the_others() -> None:
     coordinator.announce(0, [steps[0].report("join")], 0)
     assert followed(coordinator, 0) == []
     assert followed(coordinator, 1) == followed(coordinator, 2) == ["watch"]
-    coordinator.announce(1, [steps[1].report("steps")], 0)
-    coordinator.announce(2, [steps[2].report("steps")], 0)
+    coordinator.announce(1, [steps[1].note(joined(0, 2))], 0)
+    assert followed(coordinator, 0) == [], "nobody follows before all know"
+    coordinator.announce(2, [steps[2].note(joined(0, 2))], 0)
     assert followed(coordinator, 0) == ["d"]
     coordinator.announce(2, [steps[2].add("g")], 0)
     coordinator.announce(1, [steps[1].report("join")], 0)
-    assert followed(coordinator, 0) == followed(coordinator, 1) == ["g"]
+    assert followed(coordinator, 0) == ["g"]
+    assert followed(coordinator, 1) == [], "rank 2 does not know of rank 1 yet"
+    coordinator.announce(2, [steps[2].note(joined(1, 3))], 0)
+    assert followed(coordinator, 1) == ["g"]
     coordinator.announce(2, [steps[2].report("join")], 0)
     for rank in range(3):
         assert coordinator.outgoing[rank][-1].rows == ((0, 1, 2),)

@@ -7,7 +7,7 @@ those from tensors, whose names differ between ranks that have built different t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -18,6 +18,10 @@ from gossip_hvd import session
 from gossip_hvd.tensorflow import functions
 from gossip_hvd.tensorflow.memory import native
 from gossip_hvd.tensorflow.operations import horovod_answers, named, traced_name, world_operation
+from gossip_hvd.tensorflow.tensors import differentiable, dtypes, shaped, shaped_rows, tensor_of
+
+_How = dict[str, Any]
+"""Arguments of Horovod's, by name."""
 
 
 def allreduce(
@@ -34,21 +38,6 @@ def allreduce(
     ignore_name_scope: bool = False,
 ) -> Any:
     """The reduction of a tensor, sparse slices included, over all ranks; arguments as Horovod's."""
-    tensor = _tensor(tensor)
-    if isinstance(tensor, tf.IndexedSlices):
-        op = _op(op, average)
-        if not horovod_answers(process_set):
-            return _sparse_allreduce(tensor, op, name)
-        return horovod.allreduce(
-            tensor,
-            device_dense=device_dense,
-            device_sparse=device_sparse,
-            compression=compression,
-            op=op,
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            **_called("allreduce", name, ignore_name_scope, process_set),
-        )
     return grouped_allreduce(
         [tensor],
         average,
@@ -64,14 +53,6 @@ def allreduce(
     )[0]
 
 
-def _sparse_allreduce(slices: Any, op: Any, name: str | None) -> Any:
-    """Every rank's slices behind each other."""
-    values, indices = grouped_allgather([slices.values, slices.indices], name=name)
-    if op == horovod.Average:
-        values /= tf.cast(session.current().world.size, values.dtype)
-    return tf.IndexedSlices(values, indices, slices.dense_shape)
-
-
 def grouped_allreduce(
     tensors: Sequence[Any],
     average: bool | None = None,
@@ -85,40 +66,74 @@ def grouped_allreduce(
     ignore_name_scope: bool = False,
     name: str | None = None,
 ) -> list[Any]:
-    """The reductions of several tensors, as one operation; arguments as Horovod's."""
-    tensors = [_tensor(tensor) for tensor in tensors]
-    op = _op(op, average)
+    """The reductions of several tensors, dense ones as one operation; arguments as Horovod's."""
+    how = {
+        "device_dense": device_dense,
+        "device_sparse": device_sparse,
+        "compression": compression,
+        "op": _op(op, average),
+        "prescale_factor": prescale_factor,
+        "postscale_factor": postscale_factor,
+    }
+    whose = {"ignore_name_scope": ignore_name_scope, "process_set": process_set}
+    tensors = [tensor_of(tensor) for tensor in tensors]
+    sparse = [isinstance(tensor, tf.IndexedSlices) for tensor in tensors]
+    dense = iter(
+        _allreduce(
+            [t for t, is_sparse in zip(tensors, sparse, strict=True) if not is_sparse],
+            name,
+            how,
+            whose,
+        )
+    )
+    names = [name] if len(tensors) == 1 else [name and f"{name}_{i}" for i in range(len(tensors))]
+    return [
+        _sparse_allreduce(tensor, called, how, whose) if is_sparse else next(dense)
+        for tensor, is_sparse, called in zip(tensors, sparse, names, strict=True)
+    ]
+
+
+def _allreduce(tensors: list[Any], name: str | None, how: _How, whose: _How) -> list[Any]:
+    """``grouped_allreduce`` of dense tensors."""
     if not tensors:
         return []
-    if horovod_answers(process_set):
-        arguments: dict[str, Any] = {
-            "device_dense": device_dense,
-            "device_sparse": device_sparse,
-            "compression": compression,
-            "op": op,
-            "prescale_factor": prescale_factor,
-            "postscale_factor": postscale_factor,
-        }
+    if horovod_answers(whose["process_set"]):
 
         def horovods(name: str | None, inputs: Sequence[Any]) -> list[Any]:
-            called = _called("allreduce", name, ignore_name_scope, process_set)
+            called = _called("allreduce", name, **whose)
             if len(inputs) == 1:
-                return [horovod.allreduce(inputs[0], **arguments, **called)]
-            return list(horovod.grouped_allreduce(list(inputs), **arguments, **called))
+                return [horovod.allreduce(inputs[0], **how, **called)]
+            return list(horovod.grouped_allreduce(list(inputs), **how, **called))
 
-        return _differentiable(
+        return differentiable(
             lambda *inputs: horovods(name, inputs),
             lambda gradients, _: horovods(name and f"{name}.gradient", gradients),
         )(*tensors)
+    compression = how["compression"]
     packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
+    factors = {"prescale": how["prescale_factor"], "postscale": how["postscale_factor"]}
 
     def reduce(*inputs: Any) -> list[Any]:
-        details = {"op": named(op), "prescale": prescale_factor, "postscale": postscale_factor}
-        outputs = world_operation("allreduce", inputs, name, _dtypes(inputs), **details)
-        return _shaped(outputs, inputs)
+        details = {"op": named(how["op"]), **factors}
+        outputs = world_operation("allreduce", inputs, name, dtypes(inputs), **details)
+        return shaped(outputs, inputs)
 
-    reduced = _differentiable(reduce, lambda gradients, _: reduce(*gradients))(*packed)
+    reduced = differentiable(reduce, lambda gradients, _: reduce(*gradients))(*packed)
     return [compression.decompress(r, c) for r, c in zip(reduced, contexts, strict=True)]
+
+
+def _sparse_allreduce(slices: Any, name: str | None, how: _How, whose: _How) -> Any:
+    """Every rank's slices behind each other."""
+    if horovod_answers(whose["process_set"]):
+        return horovod.allreduce(slices, **how, **_called("allreduce", name, **whose))
+    if how["op"] not in (horovod.Sum, horovod.Average):
+        raise NotImplementedError("Only Sum and Average ops are supported with tf.IndexedSlices")
+    if how["prescale_factor"] != 1.0 or how["postscale_factor"] != 1.0:
+        raise NotImplementedError("Pre/postscale_factor are not supported with tf.IndexedSlices")
+    values, indices = grouped_allgather([slices.values, slices.indices], name=name)
+    if how["op"] == horovod.Average:
+        values /= tf.cast(session.current().world.size, values.dtype)
+    return tf.IndexedSlices(values, indices, slices.dense_shape)
 
 
 def allgather(
@@ -138,15 +153,15 @@ def grouped_allgather(
     process_set: Any = None,
 ) -> list[Any]:
     """The rows of all ranks of several tensors, as one operation."""
-    tensors = [_tensor(tensor) for tensor in tensors]
+    tensors = [tensor_of(tensor) for tensor in tensors]
 
     def gather(*inputs: Any) -> list[Any]:
         if horovod_answers(process_set):
             names = [name and f"{name}_{i}" for i in range(len(inputs))]
             called = [_called("allgather", each, ignore_name_scope, process_set) for each in names]
             return [horovod.allgather(x, **how) for x, how in zip(inputs, called, strict=True)]
-        outputs = world_operation("allgather", inputs, name, _dtypes(inputs))
-        return [_shaped_rows(out, x) for out, x in zip(outputs, inputs, strict=True)]
+        outputs = world_operation("allgather", inputs, name, dtypes(inputs))
+        return [shaped_rows(out, x) for out, x in zip(outputs, inputs, strict=True)]
 
     def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         means = grouped_allreduce(gradients, op=horovod.Average, process_set=process_set)
@@ -155,7 +170,7 @@ def grouped_allgather(
         starts = tf.reduce_sum(before, axis=0)
         return [mean[starts[i] : starts[i] + rows[i]] for i, mean in enumerate(means)]
 
-    return _differentiable(gather, backward)(*tensors)
+    return differentiable(gather, backward)(*tensors)
 
 
 def broadcast(
@@ -166,21 +181,21 @@ def broadcast(
     process_set: Any = None,
 ) -> Any:
     """The tensor of world rank ``root_rank``."""
-    tensor = _tensor(tensor)
+    tensor = tensor_of(tensor)
 
     def send(*inputs: Any) -> list[Any]:
         if horovod_answers(process_set):
             called = _called("broadcast", name, ignore_name_scope, process_set)
             return [horovod.broadcast(inputs[0], root_rank, **called)]
-        outputs = world_operation("broadcast", inputs, name, _dtypes(inputs), root=root_rank)
-        return _shaped(outputs, inputs)
+        outputs = world_operation("broadcast", inputs, name, dtypes(inputs), root=root_rank)
+        return shaped(outputs, inputs)
 
     def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         mean = allreduce(gradients[0], op=horovod.Average, process_set=process_set)
         # Multiplied, or a graph would leave out what nobody needs: the root would wait for ever.
         return [mean * tf.cast(session.current().world.rank == root_rank, mean.dtype)]
 
-    return _differentiable(send, backward)(tensor)[0]
+    return differentiable(send, backward)(tensor)[0]
 
 
 def broadcast_(
@@ -230,7 +245,7 @@ def alltoall(
     process_set: Any = None,
 ) -> Any:
     """Send some rows to each rank, and get theirs; with ``splits`` also how many from each."""
-    tensor = _tensor(tensor)
+    tensor = tensor_of(tensor)
     further = [] if splits is None else [tf.cast(splits, tf.int32)]
 
     def send(*inputs: Any) -> list[Any]:
@@ -238,14 +253,14 @@ def alltoall(
             called = _called("alltoall", name, ignore_name_scope, process_set)
             none = tf.constant([], tf.int32)
             return list(horovod.alltoall(inputs[0], *(further or [none]), **called))
-        dtypes = [tensor.dtype, tf.int32]
-        rows, received = world_operation("alltoall", [*inputs, *further], name, dtypes)
-        return [_shaped_rows(rows, tensor), tf.ensure_shape(received, [None])]
+        both = [tensor.dtype, tf.int32]
+        rows, received = world_operation("alltoall", [*inputs, *further], name, both)
+        return [shaped_rows(rows, tensor), tf.ensure_shape(received, [None])]
 
     def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         return [alltoall(gradients[0], outputs[1], process_set=process_set)[0]]
 
-    rows, received = _differentiable(send, backward)(tensor)
+    rows, received = differentiable(send, backward)(tensor)
     return rows if splits is None else (rows, received)
 
 
@@ -286,7 +301,7 @@ def grouped_reducescatter(
     ignore_name_scope: bool = False,
 ) -> list[Any]:
     """This rank's rows of the reductions of several tensors; arguments as Horovod's."""
-    tensors = [_tensor(tensor) for tensor in tensors]
+    tensors = [tensor_of(tensor) for tensor in tensors]
     packed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
 
     def horovods(inputs: Sequence[Any]) -> list[Any]:
@@ -308,8 +323,8 @@ def grouped_reducescatter(
         if horovod_answers(process_set):
             return horovods(inputs)
         details = {"op": named(op), "prescale": prescale_factor, "postscale": postscale_factor}
-        outputs = world_operation("reducescatter", inputs, name, _dtypes(inputs), **details)
-        return [_shaped_rows(out, x) for out, x in zip(outputs, inputs, strict=True)]
+        outputs = world_operation("reducescatter", inputs, name, dtypes(inputs), **details)
+        return [shaped_rows(out, x) for out, x in zip(outputs, inputs, strict=True)]
 
     def backward(gradients: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         everybody = _size(process_set) if op == horovod.Sum else 1
@@ -317,17 +332,8 @@ def grouped_reducescatter(
         scaled = [g * tf.cast(factor, g.dtype) for g in gradients]
         return [allgather(g, process_set=process_set) for g in scaled]
 
-    rows = _differentiable(reduce, backward)(*packed)
+    rows = differentiable(reduce, backward)(*packed)
     return [compression.decompress(r, c) for r, c in zip(rows, contexts, strict=True)]
-
-
-def _tensor(value: Any) -> Any:
-    """A tensor, also of a variable of Keras's."""
-    if isinstance(value, tf.IndexedSlices):
-        return value
-    if hasattr(value, "path") and hasattr(value, "value"):
-        value = native(value)
-    return tf.convert_to_tensor(value)
 
 
 def _op(op: Any, average: bool | None) -> Any:
@@ -363,32 +369,3 @@ def _called(
     if name is None and not tf.executing_eagerly():
         name, ignore_name_scope = traced_name(kind, members.process_set_id), True
     return {"name": name, "ignore_name_scope": ignore_name_scope, "process_set": members}
-
-
-def _dtypes(tensors: Sequence[Any]) -> list[Any]:
-    return [tensor.dtype for tensor in tensors]
-
-
-def _shaped(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    return [tf.ensure_shape(out, x.shape) for out, x in zip(outputs, inputs, strict=True)]
-
-
-def _shaped_rows(output: Any, like: Any) -> Any:
-    return tf.ensure_shape(output, [None, *like.shape[1:]])
-
-
-def _differentiable(
-    forward: Callable[..., list[Any]], backward: Callable[[Sequence[Any], Sequence[Any]], list[Any]]
-) -> Callable[..., list[Any]]:
-    """``forward`` with its own gradient, which is given those of the outputs, and the outputs."""
-
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def both(*inputs: Any) -> Any:
-        outputs = forward(*inputs)
-
-        def gradient(*upstream: Any) -> Any:
-            return backward(upstream, outputs)
-
-        return outputs, gradient
-
-    return lambda *inputs: list(both(*inputs))

@@ -12,6 +12,7 @@ from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import running
+from gossip_hvd.tensorflow.failures import horovods_error
 from gossip_hvd.variables import VariablesGossip
 
 T = TypeVar("T")
@@ -146,17 +147,26 @@ def allgather_object(
 
 
 def barrier(process_set: Any = None) -> None:
-    """Return when every rank of the world has come here, or has joined."""
+    """Return when every rank of the world has come here, or has joined.
+
+    Raises:
+        HorovodInternalError: where one of them never comes.
+    """
     require_everybody(process_set, "barrier")
-    session.current().operations.submit("barrier", None).wait()
+    with horovods_error():
+        session.current().operations.submit("barrier", None).wait()
 
 
 def join(device: int = -1) -> int:
     """Say that this rank is out of data for world-wide operations; the rank that came last.
 
     Gradients and rounds of gossip know nothing of it: train equally many steps on all ranks.
+
+    Raises:
+        HorovodInternalError: where one of the ranks can no longer join.
     """
-    return session.current().operations.join(lambda _: None)[-1]
+    with horovods_error():
+        return session.current().operations.join(lambda _: None)[-1]
 
 
 def _received(world: Any, what: str) -> None:

@@ -19,6 +19,7 @@ import tensorflow as tf
 from gossip_hvd import session
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.mixing import Array
+from gossip_hvd.tensorflow.failures import horovods_error
 
 OPS = {
     horovod.Average: "average",
@@ -94,6 +95,10 @@ def world_operation(
         name: matches ranks; None for the next number.
         like: the dtypes of the results.
         details: further fields of ``requests.Request``.
+
+    Raises:
+        HorovodInternalError: on every rank, where ranks ask for different things; from within a
+            graph TensorFlow makes it an error of its own.
     """
     if not tf.executing_eagerly() and name is None:
         name = traced_name(kind)
@@ -119,8 +124,8 @@ def _submit(
     outputs = [np.empty_like(array) for array in flat] if same else []
     shapes = [array.shape for array in arrays]
     label = None if name is None else f"tensorflow.{name}"
-    handle = operations.submit(kind, label, flat, shapes, outputs, **details)
-    results = handle.wait()
+    with horovods_error():
+        results = operations.submit(kind, label, flat, shapes, outputs, **details).wait()
     if same:
         return [out.reshape(shape) for out, shape in zip(outputs, shapes, strict=True)]
     rows = [np.asarray(result) for result in results]

@@ -31,7 +31,7 @@ from gossip_hvd.errors import (
     StallError,
 )
 from gossip_hvd.session import on_terminate
-from gossip_hvd.torch import elastic
+from gossip_hvd.torch import compression, elastic, mpi_ops
 from gossip_hvd.torch.allreduce import (
     allreduce,
     allreduce_,
@@ -75,9 +75,10 @@ from gossip_hvd.torch.gather import (
     grouped_allgather,
     grouped_allgather_async,
 )
+from gossip_hvd.torch.gossip import TorchGossip
 from gossip_hvd.torch.handles import poll, synchronize
 from gossip_hvd.torch.join import barrier, join
-from gossip_hvd.torch.optimizer import DistributedOptimizer, TorchGossip
+from gossip_hvd.torch.optimizer import DistributedOptimizer
 from gossip_hvd.torch.process_sets import (
     ProcessSet,
     add_process_set,
@@ -136,6 +137,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "ccl_built",
+    "compression",
     "cross_rank",
     "cross_size",
     "cuda_built",
@@ -159,6 +161,7 @@ __all__ = [
     "local_size",
     "mpi_built",
     "mpi_enabled",
+    "mpi_ops",
     "mpi_threads_supported",
     "nccl_built",
     "node",

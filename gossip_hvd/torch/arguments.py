@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import horovod.torch as horovod
 import torch
 
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.methods import Method
+from gossip_hvd.torch.process_sets import is_world
 from gossip_hvd.torch.reduction import Named
+
+
+def require_sense(
+    optimizer: torch.optim.Optimizer,
+    process_set: Any,
+    op: Any,
+    predivide: float,
+    num_groups: int,
+    passes: int,
+) -> None:
+    """Refuse what Horovod refuses, in its order, and what has no meaning between nodes.
+
+    Raises:
+        ConfigError: for what is ours to refuse.
+        ValueError: for what Horovod refuses too.
+    """
+    if not is_world(process_set):
+        raise ConfigError(
+            "process_set: gradients are averaged over this rank's node; choose nodes with "
+            "init(node_size=…) instead."
+        )
+    if "gossip" in vars(optimizer):
+        raise ConfigError("this optimizer is distributed already: wrap it once.")
+    if op not in (horovod.Average, horovod.Sum):
+        raise ConfigError(f"op={op}: gradients of a node are combined by Average or Sum.")
+    if predivide != 1.0 and op != horovod.Average:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    if num_groups != 0:
+        warnings.warn(
+            "Parameter `num_groups` has been replaced by `groups`.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    if passes <= 0:
+        raise ValueError("backward_passes_per_step must be > 0")
 
 
 def named_of(

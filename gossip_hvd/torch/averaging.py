@@ -6,7 +6,7 @@ import torch
 
 from gossip_hvd import session
 from gossip_hvd.gossip import running
-from gossip_hvd.torch.optimizer import TorchGossip
+from gossip_hvd.torch.gossip import TorchGossip
 from gossip_hvd.torch.tensors import array_of
 
 

@@ -28,7 +28,7 @@ from gossip_hvd.checkpoint.merge import Merge
 from gossip_hvd.checkpoint.tensors import Kind
 from gossip_hvd.checkpoint.trees import flatten
 from gossip_hvd.errors import CheckpointError, ConfigError
-from gossip_hvd.torch.optimizer import TorchGossip
+from gossip_hvd.torch.gossip import TorchGossip
 
 log = logging.getLogger("gossip_hvd")
 

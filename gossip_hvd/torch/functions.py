@@ -58,7 +58,8 @@ def broadcast_parameters(params: Tensors, root_rank: int) -> None:
     require_agreement(_Gatherer(), "broadcast_parameters", facts)
     for gossip in running():
         gossip.drain()
-    _broadcast_tensors([tensor for _, tensor in tensors], root_rank, "broadcast_parameters")
+    every = [tensor for _, tensor in tensors]
+    _broadcast_tensors(every, root_rank, "broadcast_parameters", global_process_set)
 
 
 def broadcast_optimizer_state(
@@ -76,6 +77,20 @@ def broadcast_optimizer_state(
     Raises:
         ConfigError: for state that is neither a tensor nor a plain value.
     """
+    broadcast_state(optimizer, root_rank, global_process_set, "broadcast_optimizer_state")
+
+
+def broadcast_state(
+    optimizer: torch.optim.Optimizer, root_rank: int, process_set: Any, name: str
+) -> None:
+    """``broadcast_optimizer_state`` among the ranks of a process set; all of it must call.
+
+    Args:
+        optimizer: likewise.
+        root_rank: likewise.
+        process_set: the ranks that take part.
+        name: of the operations.
+    """
     mine = session.current().world.rank == root_rank
     tensors: list[torch.Tensor] = []
     text = b""
@@ -84,13 +99,13 @@ def broadcast_optimizer_state(
             text = json.dumps(_flatten(optimizer.state_dict(), tensors, "state")).encode()
         except ConfigError as error:
             text = json.dumps({"refused": str(error)}).encode()
-    name = "broadcast_optimizer_state"
-    tree = json.loads(_broadcast_bytes(text, root_rank, name, global_process_set))
+    tree = json.loads(_broadcast_bytes(text, root_rank, name, process_set))
     if "refused" in tree:
         raise ConfigError(tree["refused"])
     if not mine:
         tensors = _empty_tensors(tree)
-    _broadcast_tensors([t for t in tensors if t.numel()], root_rank, f"{name}.tensors")
+    there = [t for t in tensors if t.numel()]
+    _broadcast_tensors(there, root_rank, f"{name}.tensors", process_set)
     if not mine:
         optimizer.load_state_dict(_unflatten(tree, tensors))
 
@@ -123,15 +138,20 @@ def _broadcast_bytes(data: bytes, root_rank: int, name: str, process_set: Any) -
     return text.numpy().tobytes()
 
 
-def _broadcast_tensors(tensors: list[torch.Tensor], root_rank: int, name: str) -> None:
+def _broadcast_tensors(
+    tensors: list[torch.Tensor],
+    root_rank: int,
+    name: str,
+    process_set: Any,
+) -> None:
     """Overwrite many tensors at once."""
     how: dict[str, Any] = {"inplace": True, "root": root_rank}
-    if horovod_set(global_process_set) is None:
+    if horovod_set(process_set) is None:
         if tensors:
-            synchronize(begin("broadcast", tensors, name, global_process_set, grouped=True, **how))
+            synchronize(begin("broadcast", tensors, name, process_set, grouped=True, **how))
         return
     begun = [
-        begin("broadcast", [tensor], f"{name}.{i}", global_process_set, **how)
+        begin("broadcast", [tensor], f"{name}.{i}", process_set, **how)
         for i, tensor in enumerate(tensors)
     ]
     for one in begun:

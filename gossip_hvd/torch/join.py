@@ -17,15 +17,15 @@ from horovod.torch import mpi_ops
 from gossip_hvd import session
 from gossip_hvd.errors import ConfigError
 from gossip_hvd.gossip import running
+from gossip_hvd.torch.gossip import TorchGossip
 from gossip_hvd.torch.handles import horovods_error
-from gossip_hvd.torch.optimizer import TorchGossip
 from gossip_hvd.torch.process_sets import (
     ProcessSet,
     global_process_set,
     horovod_set,
-    node_process_set,
     number_of,
 )
+from gossip_hvd.torch.shadows import PAID
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
@@ -73,6 +73,8 @@ def join(device: int = -1) -> int:
         return last
     horovods = _join_horovod(device) if current.scope == "world" else None
     gossips = {gossip.key: gossip for gossip in running() if isinstance(gossip, TorchGossip)}
+    for gossip in gossips.values():
+        gossip.shadows.skip(PAID)
     with horovods_error():
         order = current.operations.join(lambda key: _follow(gossips, key))
     last = order[-1]
@@ -81,10 +83,7 @@ def join(device: int = -1) -> int:
         last = int(horovod.synchronize(horovods))
     for gossip in gossips.values():
         gossip.drain()
-        if len(current.node_ranks) > 1:
-            gossip.equalize(
-                [rank for rank in order if rank in current.node_ranks][-1], node_process_set()
-            )
+        gossip.shadows.part([rank for rank in order if rank in current.node_ranks][-1])
     return last
 
 

@@ -8,12 +8,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from horovod.common.exceptions import HorovodInternalError
 from keras_models import CLASSES, assert_nodes_agree, data, differ, network, values
 from rank import Rank
 from ranks import ALONE, BOTH_SCOPES, Job, on_ranks
 
 import gossip_hvd.tensorflow as hvd
-from gossip_hvd.errors import ConfigError
+from gossip_hvd import session
+from gossip_hvd.errors import ConfigError, OperationError
+from gossip_hvd.joining import TAIL
 
 PAIRS = [replace(job, adapter="tensorflow") for job in BOTH_SCOPES]
 SOME = [replace(job, adapter="tensorflow") for job in [*ALONE, Job(2), Job(5, "node", 2)]]
@@ -288,6 +291,31 @@ def test_sparse_slices(me: Rank) -> None:
     slices = tf.IndexedSlices(tf.ones([1, 2]) * me.rank, tf.constant([me.rank % 2]), [2, 2])
     total = tf.convert_to_tensor(hvd.allreduce(slices, op=hvd.Sum))
     np.testing.assert_array_equal(total, [[2, 2], [4, 4]])
+    mean, dense = hvd.grouped_allreduce([slices, tf.ones([3]) * me.rank], name="mixed")
+    np.testing.assert_array_equal(tf.convert_to_tensor(mean), [[0.5, 0.5], [1, 1]])
+    np.testing.assert_array_equal(dense, [1.5] * 3)
+    with pytest.raises(NotImplementedError, match="Only Sum and Average"):
+        hvd.allreduce(slices, op=hvd.Max)
+    with pytest.raises(NotImplementedError, match="scale_factor are not supported"):
+        hvd.allreduce(slices, op=hvd.Sum, prescale_factor=2.0)
+
+
+@on_ranks([PAIRS[0]])
+def test_what_fails_fails_with_horovods_error(me: Rank) -> None:
+    with pytest.raises(HorovodInternalError, match=r"(?i)mismatched"):
+        hvd.allreduce(tf.ones([1 + me.rank]), name="apart")
+    operations = session.current().operations
+    if me.rank:
+        with pytest.raises(OperationError):
+            operations.submit("allgather", operations.next_name("barrier"), shapes=[(1,)]).wait()
+    else:
+        with pytest.raises(HorovodInternalError, match="Mismatched collective operations"):
+            hvd.barrier()
+    for _ in range(me.rank * (TAIL + 1)):
+        operations.step("a model")
+    me.settle()
+    with pytest.raises(HorovodInternalError, match="cannot follow"):
+        hvd.join()
 
 
 def loop(me: Rank, optimizer, *, graph: bool, tape: bool, **options):

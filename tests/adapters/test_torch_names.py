@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import operator
 import time
 
 import horovod.torch as horovod
@@ -45,6 +47,37 @@ def test_no_name_is_missing_and_arguments_are_horovods() -> None:
         for one, other in zip(arguments, mine, strict=False):
             known = isinstance(one.default, int | float | str | type(None))
             assert not known or one.default == other.default, (name, one.name)
+
+
+MODULES = (
+    "compression",
+    "elastic",
+    "elastic.sampler",
+    "elastic.state",
+    "functions",
+    "mpi_ops",
+    "optimizer",
+    "sync_batch_norm",
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_that_scripts_import_from_have_their_names(module: str) -> None:
+    theirs = vars(importlib.import_module(f"horovod.torch.{module}"))
+    ours = vars(importlib.import_module(f"gossip_hvd.torch.{module}"))
+    wanted = {
+        name
+        for name, value in theirs.items()
+        if getattr(value, "__module__", None) == f"horovod.torch.{module}"
+        # mpi_ops has classes of its own for autograd, such as HorovodAllreduce.
+        and not name.startswith(("_", "Horovod"))
+    }
+    if module == "mpi_ops":
+        wanted |= theirs.keys() & set(hvd.__all__)
+    assert wanted - {"get_average_backwards_compatibility_fun"} <= ours.keys()
+    for name in wanted & set(hvd.__all__):
+        assert ours[name] is getattr(hvd, name)
+    assert operator.attrgetter(module)(hvd).__name__ == f"gossip_hvd.torch.{module}"
 
 
 def rows(rank: int, dtype: torch.dtype = torch.float32, first: int = 3) -> torch.Tensor:

@@ -257,6 +257,38 @@ def test_elastic_classes(me: Rank) -> None:
             train(state, more=2)
 
 
+class Count:
+    """Something of the user's that is neither a model nor an optimizer."""
+
+    value = 0
+
+
+class CountHandler(hvd.elastic.state.StateHandler):
+    """Counts up where it is synchronised."""
+
+    def save(self) -> None:
+        self.saved = self.value.value
+
+    def restore(self) -> None:
+        self.value.value = self.saved
+
+    def sync(self) -> None:
+        self.value.value += 1
+        self.save()
+
+
+@on_ranks([Job(1)])
+def test_elastic_states_have_handlers_of_ones_own(me: Rank) -> None:
+    before = hvd.elastic.state.get_handler_registry()
+    hvd.elastic.state.set_handler_registry([(Count, CountHandler), *before])
+    state = hvd.elastic.TorchState(model=torch.nn.Linear(1, 1), count=Count())
+    hvd.elastic.state.set_handler_registry(before)
+    state.sync()
+    state.count.value = 5
+    state.restore()
+    assert state.count.value == 1
+
+
 @on_ranks([Job(2)])
 def test_timeline_is_horovods(me: Rank) -> None:
     with pytest.raises(ValueError, match="HOROVOD_TIMELINE=DYNAMIC"):

@@ -111,6 +111,29 @@ def test_an_optimizer_keeps_what_the_next_one_does_not_take(me: Rank) -> None:
     assert (whole.gossip.round, head.gossip.round) == (6, 3)
 
 
+@on_ranks(JOBS)
+def test_parameters_that_are_added_leave_their_optimizer(me: Rank) -> None:
+    for options in OPTIONS[:3]:
+        body, head = mlp(), torch.nn.Linear(3, 3).double()
+        hvd.broadcast_parameters(head.state_dict(), 0)
+        one = wrapped(body, sgd(body), **options)
+        two = wrapped(head, sgd(head), **options)
+        whole = torch.nn.Sequential(body, head)
+        for step in range(5):
+            if step == 2:
+                one.add_param_group({"params": list(head.parameters())})
+                assert list(running()) == [one.gossip]
+                assert not hasattr(two, "gossip")
+            plain(whole, one, *batch(me.rank, step, torch.float64, 5, 3))
+            assert_nodes_equal(me, whole)
+            for ranks in me.nodes:  # what an uneven node's gradient is scaled by, once
+                every = me.gather(head.weight.grad)
+                assert all(torch.equal(every[rank], every[ranks[0]]) for rank in ranks)
+        one.gossip.drain()
+        assert one.gossip.round == (0 if one.gossip.delegated else 5)
+        assert_nodes_equal(me, whole)
+
+
 class Tied(torch.nn.Module):
     """Two layers with one weight."""
 

@@ -663,6 +663,55 @@ def test_a_backward_that_raises_is_forgotten(me: Rank) -> None:
     assert optimizer.gossip.round == (3 if len(me.nodes) > 1 else 0)
 
 
+@on_ranks([*FEW, Job(4)])
+def test_a_closure_that_raises_is_forgotten(me: Rank) -> None:
+    model = mlp()
+    optimizer = wrapped(model)
+
+    def closure() -> torch.Tensor:
+        raise RuntimeError("out of memory, say")
+
+    for step in range(3):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step(closure)
+        plain(model, optimizer, *batch(me.rank, step, torch.float64, 5, 3))
+    assert_nodes_equal(me, model)
+    assert optimizer.gossip.round == (3 if len(me.nodes) > 1 else 0)
+
+
+class Sharp(torch.optim.SGD):
+    """As SAM: its step computes gradients at weights that it takes back."""
+
+    def step(self, closure: Any = None) -> Any:
+        (group,) = self.param_groups
+        kept = [p.detach().clone() for p in group["params"]]
+        with torch.no_grad():
+            for p in group["params"]:
+                p.add_(p.grad, alpha=0.1)
+        with torch.enable_grad():
+            loss = closure()
+        with torch.no_grad():
+            for p, before in zip(group["params"], kept, strict=True):
+                p.copy_(before)
+        super().step()
+        return loss
+
+
+@on_ranks(FEW)
+def test_nothing_is_mixed_inside_a_step(me: Rank) -> None:
+    def body(model: Any, optimizer: Any, x: Any, y: Any) -> None:
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure)
+
+    assert_as_academic(me, mlp, lambda m: Sharp(m.parameters(), lr=0.1), body)
+
+
 @on_ranks(TWO_BY_TWO)
 def test_checkpointed_activations(me: Rank) -> None:
     from torch.utils.checkpoint import checkpoint

@@ -76,6 +76,29 @@ def test_steps_that_shall_not_synchronize_wait_for_nobody(me: Rank) -> None:
                 assert torch.equal(gradient, p.grad)
 
 
+@on_ranks([Job(1), Job(2), *BOTH_SCOPES, Job(2, "node", 2)])
+def test_a_closure_may_compute_a_window_a_part_or_its_end(me: Rank) -> None:
+    def body(model: Any, optimizer: Any, x: Any, y: Any) -> None:
+        model.steps = getattr(model, "steps", 0) + 1
+        passes = WINDOWS[model.steps - 1]
+        optimizer.zero_grad()
+        if model.steps % 3 == 0:  # begun before the step
+            accumulate(model, x, y, 1)
+
+        def closure() -> torch.Tensor:
+            accumulate(model, x, y, passes)
+            return torch.zeros(())
+
+        optimizer.step(closure) if model.steps % 2 else optimizer.step(closure=closure)
+
+    assert_as_academic(me, body=body, steps=len(WINDOWS), backward_passes_per_step=PASSES + 1)
+    model = mlp()
+    optimizer = wrapped(model)
+    for step in range(len(WINDOWS)):
+        body(model, optimizer, *batch(me.rank, step, torch.float64, 5, 3))
+        assert_nodes_equal(me, model)
+
+
 @on_ranks(BOTH_SCOPES)
 def test_a_window_begins_anew_with_another_length_or_a_loaded_state(me: Rank) -> None:
     for again in ("length", "state"):
