@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from gossip_hvd import __version__
 from gossip_hvd.agreement import require_agreement
-from gossip_hvd.endings import end_on_errors, record_on_sigterm
+from gossip_hvd.endings import end_on_errors
 from gossip_hvd.errors import ConfigError, unknown
-from gossip_hvd.interrupts import end_on_unheard_interrupts
+from gossip_hvd.guard import guarded
 from gossip_hvd.node import Cluster
 from gossip_hvd.operations import Operations
 from gossip_hvd.settings import PREFIX, SCOPES, VARIABLES, refuse_unknown, setting
@@ -28,12 +28,9 @@ from gossip_hvd.transport import mpi
 from gossip_hvd.transport.mpi import Post, World
 from gossip_hvd.versions import BENEATH, versions
 from gossip_hvd.waits import Facts, waiting
-from gossip_hvd.watch import Patience, Watch
+from gossip_hvd.watch import Watch
 
 log = logging.getLogger("gossip_hvd")
-
-ABORT = 10.0
-"""Seconds after which a rank leaves although MPI has not ended it."""
 
 
 class Horovod(Protocol):
@@ -134,7 +131,6 @@ class Session:
 
 
 _session: Session | None = None
-_latest: Watch | None = None
 
 
 def current() -> Session:
@@ -279,7 +275,7 @@ def _start(arguments: dict[str, Any]) -> Session:
     elif isinstance(comm, list):
         comm = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(comm))
     _refuse_other_launchers(MPI.COMM_WORLD.Get_size())
-    watch = _watch(MPI, comm)
+    watch = guarded(MPI, comm)
     world = World(MPI, comm)
     letters = world.post()
     watch.connect(letters)
@@ -323,47 +319,6 @@ def _refuse_other_launchers(size: int) -> None:
                 f"{name}={started}, and MPI knows one rank: ranks were started by {launcher}, or "
                 "that variable is left over. Start them with horovodrun --mpi or mpirun."
             )
-
-
-def _watch(MPI: Any, comm: Any) -> Watch:
-    """The watch of this rank; from now on whatever goes wrong ends the whole job."""
-    rank, folder = comm.Get_rank(), setting("RECORD_DIR")
-
-    def end(code: int) -> None:
-        # Where MPI cannot reach its launcher any more, this rank at least must go.
-        leave = threading.Timer(ABORT, os._exit, [code])
-        leave.daemon = True
-        with suppress(RuntimeError):  # Where memory has run out there is no further thread.
-            leave.start()
-        if MPI.COMM_WORLD.Get_size() > 1 and not MPI.Is_finalized():
-            MPI.COMM_WORLD.Abort(code)
-        os._exit(code)
-
-    watch = Watch(
-        rank,
-        comm.Get_size(),
-        socket.gethostname(),
-        Patience(setting("STALL_WARNING"), setting("STALL_TIMEOUT")),
-        end,
-        None if folder is None else Path(folder),
-    )
-
-    global _latest
-    _latest = watch
-
-    def end_because(why: str, code: int) -> None:
-        # Also after the last shutdown: other ranks may wait for this one at MPI's own end.
-        if _latest is not None:
-            _latest.ending(why)
-        if MPI.COMM_WORLD.Get_size() > 1 and not MPI.Is_finalized():
-            end(code)
-
-    end_on_errors(rank, end_because)
-    if folder is not None:
-        # Of the latest session: handlers of signals stay when one ends and another begins.
-        record_on_sigterm(lambda why: _latest is None or _latest.write(why))
-    end_on_unheard_interrupts(rank, end_because)
-    return watch
 
 
 def _start_horovod(session: Session, framework: str, hvd: Any, process_sets: Any) -> None:

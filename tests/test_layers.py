@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("handle", "memory", "node", "options", "agreement", "blocks", "negotiation"),
     ("joining",),
     ("transport",),
+    ("guard",),
     ("watch",),
     ("inquiry", "terminate", "interrupts", "envelopes"),
     ("waits", "endings", "letters", "frames", "records", "small"),
