@@ -6,13 +6,10 @@ import atexit
 import logging
 import math
 import os
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from gossip_hvd import __version__
