@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from faults import PRELUDE
+from fault import PRELUDE
 
 from benchmarks.testbed import Testbed, refusal
 
