@@ -272,7 +272,7 @@ def test_letters_arrive_as_they_were_sent() -> None:
     requests = [
         wanted("ä", "alltoall", splits=(1, 1)),
         wanted("b", values=b"\0}\xff," * 6),
-        Request("join", "join", splits=(1,)),
+        Request("join", "join", splits=(1, 0)),
     ]
     read = decode_requests(0, encode_requests(requests))
     assert read == requests
