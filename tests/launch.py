@@ -103,7 +103,7 @@ def launch(
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=_in_the_child,
     )
     code: int | None
     try:
@@ -119,8 +119,10 @@ def launch(
     return Outcome(code, time.monotonic() - started, out, err, _left(mark, patience))
 
 
-def _end_with_parent() -> None:
+def _in_the_child() -> None:
     """Tell Linux to end the launcher, and so its ranks, where the tests themselves are killed."""
+    # What a shell runs in the background ignores interrupts, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
