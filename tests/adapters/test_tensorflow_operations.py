@@ -307,7 +307,8 @@ def test_what_fails_fails_with_horovods_error(me: Rank) -> None:
     operations = session.current().operations
     if me.rank:
         with pytest.raises(OperationError):
-            operations.submit("allgather", operations.next_name("barrier"), shapes=[(1,)]).wait()
+            name, values = operations.next_name("barrier"), [np.zeros(1, np.float32)]
+            operations.submit("allgather", name, values, [(1,)]).wait()
     else:
         with pytest.raises(HorovodInternalError, match="Mismatched collective operations"):
             hvd.barrier()
