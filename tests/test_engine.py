@@ -764,6 +764,21 @@ def test_extra_memory_is_at_most_two_shares_in_the_wires_dtype(
             assert shares * share <= arena.nbytes <= shares * (share + cells * ALIGN)
 
 
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_every_round_that_may_be_under_way_has_memory_of_its_own(staleness: int) -> None:
+    rows = np.zeros((4, ELEMENTS), np.float32)
+    sim = always_late(Crossover(), rows, staleness)
+    for _ in range(2 * staleness + 3):
+        sim.step()
+    sim.drain()
+    for engine in sim.engines:
+        share, cells = engine.seat.share.nbytes, len(engine.seat.grid("segments").cells)
+        assert len(engine.seat.lanes) == staleness + 1
+        for lane in engine.seat.lanes:
+            for arena in (lane.incoming, lane.outgoing):
+                assert share <= arena.nbytes <= share + cells * ALIGN
+
+
 def test_a_round_sends_one_model_a_node() -> None:
     sim = simulation(UNEVEN)
     sim.step()
