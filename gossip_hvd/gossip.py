@@ -57,6 +57,7 @@ class Gossip:
         options: EngineOptions,
         facts: Mapping[str, object],
     ) -> None:
+        options = options.over(len(set(current.world.hosts)))
         self.session, self.method, self.options = current, method, options
         self._number = next(_counter)
         self.key = f"gossip_hvd.{self._number}"
@@ -185,7 +186,7 @@ class Gossip:
             self._wire,
             memory,
             wire_dtype=self.options.wire_dtype,
-            largest=self.options.chunk_bytes,
+            largest=self.options.largest,
             asking=self.options.traffic(),
             sending=self.options.traffic(),
             nan_policy=self.options.nan_policy,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gossip_hvd.errors import ConfigError, unknown
@@ -15,6 +15,7 @@ from gossip_hvd.transport.traffic import Traffic
 TIMINGS = ("atc", "awc")
 PROGRESS = ("auto", "thread", "hooks")
 FEWEST_ASKS = 4
+CHUNK, CHUNK_ON_HOST = 1 << 18, 1 << 22
 WIRE_DTYPES = (None, "bfloat16", "float16")
 
 
@@ -30,7 +31,8 @@ class EngineOptions:
             then mix more slowly (see ``staleness.py``).
         wire_dtype: ``"bfloat16"`` or ``"float16"`` rounds float32 and float64 values on the wire;
             the mean over nodes stays exact.
-        chunk_bytes: the largest message.
+        chunk_bytes: the largest message; None for 256 KiB between hosts, and 4 MiB where all nodes
+            are on one. What costs time is bytes on a slow link and messages on a fast one.
         asks: messages of that size that a rank has under way at once, each way, for its oldest
             exchange; None for four, or what the link moves in 50 ms where that is more.
         nan_policy: what becomes of a NaN or an infinity in one node's values: ``"raise"`` ends the
@@ -43,7 +45,7 @@ class EngineOptions:
     timing: str = "atc"
     staleness: int = 0
     wire_dtype: str | None = None
-    chunk_bytes: int = 1 << 18
+    chunk_bytes: int | None = None
     asks: int | None = None
     nan_policy: str = "raise"
     progress: str = "auto"
@@ -79,7 +81,8 @@ class EngineOptions:
                 f"staleness={made.staleness} with timing={made.timing!r}: staleness is 0 or more "
                 f"rounds, up to {LONGEST}, and only timing='awc' leaves an exchange in flight."
             )
-        if made.chunk_bytes % ALIGN or not ALIGN <= made.chunk_bytes <= LARGEST_MESSAGE:
+        chunk = made.largest
+        if chunk % ALIGN or not ALIGN <= chunk <= LARGEST_MESSAGE:
             raise ConfigError(
                 f"chunk_bytes={made.chunk_bytes}: expected a multiple of {ALIGN}, up to "
                 f"{LARGEST_MESSAGE}."
@@ -88,7 +91,18 @@ class EngineOptions:
             raise ConfigError(f"asks={made.asks}: expected 1 message or more, or None.")
         return made
 
+    def over(self, hosts: int) -> EngineOptions:
+        """The same with what was left open, for nodes on so many hosts."""
+        if self.chunk_bytes is not None:
+            return self
+        return replace(self, chunk_bytes=CHUNK if hosts > 1 else CHUNK_ON_HOST)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest message."""
+        return CHUNK if self.chunk_bytes is None else self.chunk_bytes
+
     def traffic(self) -> Traffic:
         """What one rank may have under way at once, in one direction."""
         messages = FEWEST_ASKS if self.asks is None else self.asks
-        return Traffic(messages * self.chunk_bytes, adapts=self.asks is None)
+        return Traffic(messages * self.largest, adapts=self.asks is None)

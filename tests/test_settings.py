@@ -163,6 +163,7 @@ def test_the_seed_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch)
         ({"wire_dtype": "float32"}, "unknown wire_dtype 'float32'"),
         ({"staleness": -1, "timing": "awc"}, "staleness=-1"),
         ({"staleness": 1}, "staleness=1 with timing='atc'"),
+        ({"chunk_bytes": 0}, "chunk_bytes=0"),
         ({"chunk_bytes": 63}, "chunk_bytes=63"),
         ({"chunk_bytes": 2**31}, f"chunk_bytes={2**31}"),
     ],
@@ -170,6 +171,13 @@ def test_the_seed_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 def test_options_that_cannot_work_are_refused(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         EngineOptions.take(options)
+
+
+def test_messages_are_larger_where_all_nodes_are_on_one_host() -> None:
+    left_open, given = EngineOptions.take({}), EngineOptions.take({"chunk_bytes": 1 << 12})
+    assert [left_open.over(hosts).largest for hosts in (1, 2, 8)] == [1 << 22, 1 << 18, 1 << 18]
+    assert [given.over(hosts).largest for hosts in (1, 2)] == [1 << 12] * 2
+    assert left_open.over(1).over(2) == left_open.over(1), "decided once"
 
 
 @pytest.mark.parametrize("chunk_bytes", [65, 100, 1_000_001])

@@ -219,7 +219,7 @@ def test_mpi_equals_the_memory_transport_bit_for_bit(me: Rank) -> None:
             order=number,
             timing=options["timing"],
             wire_dtype=options["wire_dtype"],
-            largest=gossip.options.chunk_bytes,
+            largest=gossip.options.largest,
         )
         start = flat({n: p.detach() for n, p in parameters.items()})
         simulation.fill(np.stack([start] * len(me.nodes)))
