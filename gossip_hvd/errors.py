@@ -51,6 +51,12 @@ def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:
         known: the names that exist.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ConfigError(f"unknown {what} {value!r}: known are {', '.join(names)}{hint}")
+    return ConfigError(
+        f"unknown {what} {value!r}: known are {', '.join(names)}{nearest(value, names)}"
+    )
+
+
+def nearest(value: object, known: Iterable[str]) -> str:
+    """The end of a sentence: which name may have been meant; a full stop where there is none."""
+    near = difflib.get_close_matches(str(value), sorted(known), n=1, cutoff=0.0)
+    return f"; did you mean {near[0]!r}?" if near else "."

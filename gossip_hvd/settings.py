@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gossip_hvd.errors import ConfigError, unknown
+from gossip_hvd.errors import ConfigError, nearest, unknown
 from gossip_hvd.methods import METHODS
 
 PREFIX = "GOSSIP_HVD_"
@@ -25,12 +25,14 @@ class Variable:
         default: used where neither argument nor environment says anything.
         expected: what a good value is, for errors and documents.
         meaning: one line.
+        names: the good values, where they are names.
     """
 
     parse: Callable[[str], Any]
     default: Any
     expected: str
     meaning: str
+    names: Collection[str] = ()
 
 
 def _positive(text: str) -> int:
@@ -69,13 +71,14 @@ def _name_of(known: Collection[str]) -> Callable[[str], str]:
 SCOPES = ("node", "world")
 
 VARIABLES: dict[str, Variable] = {
-    "SCOPE": Variable(_name_of(SCOPES), "node", " or ".join(SCOPES), "where Horovod lives"),
+    "SCOPE": Variable(_name_of(SCOPES), "node", " or ".join(SCOPES), "where Horovod lives", SCOPES),
     "NODE_SIZE": Variable(_positive, None, "a number of ranks", "ranks of a virtual node"),
     "METHOD": Variable(
         _name_of(METHODS),
         "crossover",
         f"one of {', '.join(sorted(METHODS))}",
         "how nodes train together",
+        METHODS,
     ),
     "SEED": Variable(int, 0, "an integer", "seed of every random choice of peers"),
     "STALL_WARNING": Variable(
@@ -117,8 +120,8 @@ def setting(name: str, argument: Any = None, environ: Mapping[str, str] | None =
         return variable.parse(text)
     except ValueError:
         raise ConfigError(
-            f"{PREFIX}{name}={text!r:.100}: expected {variable.expected}. "
-            "Correct or unset the environment variable."
+            f"{PREFIX}{name}={text!r:.100}: expected {variable.expected}"
+            f"{nearest(text[:100], variable.names)} Correct or unset the environment variable."
         ) from None
 
 
