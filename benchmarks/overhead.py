@@ -41,20 +41,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048, help="samples a step: more compute")
     parser.add_argument("--steps", type=int, default=10, help="of one turn")
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--chunk-bytes", type=int, default=0, help="0 for the library's default")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.inside:
-        measure(asked.batch, asked.steps, asked.turns)
+        measure(asked.batch, asked.steps, asked.turns, asked.chunk_bytes or None)
         return
     command = ["mpirun", "-np", f"{asked.ranks}", "--bind-to", "none", "--oversubscribe"]
     command += [sys.executable, "-m", "benchmarks.overhead", "--inside"]
-    for name in ("batch", "steps", "turns"):
-        command += [f"--{name}", f"{getattr(asked, name)}"]
+    for name in ("batch", "steps", "turns", "chunk_bytes"):
+        command += [f"--{name.replace('_', '-')}", f"{getattr(asked, name)}"]
     environ = {**os.environ, "GOSSIP_HVD_NODE_SIZE": f"{asked.node_size}", "OMP_NUM_THREADS": "1"}
     sys.exit(subprocess.run(command, env=environ, check=False).returncode)
 
 
-def measure(batch: int, steps: int, turns: int) -> None:
+def measure(batch: int, steps: int, turns: int, chunk_bytes: int | None) -> None:
     """On every rank: run all variants in turn; rank 0 prints."""
     import horovod.torch as plain
 
@@ -64,7 +65,8 @@ def measure(batch: int, steps: int, turns: int) -> None:
     hvd.init()
     run = {"plain optimizer, Horovod in the node": trainer(plain.DistributedOptimizer, batch, {})}
     for title, options in VARIANTS.items():
-        run[title] = trainer(hvd.DistributedOptimizer, batch, options)
+        chosen = {**options, "chunk_bytes": chunk_bytes}
+        run[title] = trainer(hvd.DistributedOptimizer, batch, chosen)
     times: dict[str, list[float]] = {title: [] for title in run}
     for turn in range(-1, turns):
         for title, train in run.items():
