@@ -74,7 +74,9 @@ class Engine:
         ):
             for name in names:
                 arrays.setdefault(name, np.zeros(size, np.uint8))
-        while len(seat.lanes) <= staleness and method.linear:
+        # How many rounds may be under way beside the newest; others are owed.
+        self._beside = staleness if method.linear else 0
+        while len(seat.lanes) <= self._beside:
             seat.lanes.append(Lane())
         self._stepping: int | None = None
         self._sequence = 0
@@ -99,7 +101,7 @@ class Engine:
     @property
     def credit(self) -> int:
         """Rounds that may be owed when a step is over."""
-        return 0 if self.method.linear else self.staleness
+        return self.staleness - self._beside
 
     @property
     def when(self) -> Moment:
@@ -232,7 +234,7 @@ class Engine:
         the values that it will be sent with, whatever the others still wait for.
         """
         ahead: Flight | None = None
-        if self.staleness and self.method.linear:
+        if self._beside:
             yield from self._bring_in((yield from self._due()))
         elif self._flying:
             ahead = self._land(self._flying[0])
@@ -275,7 +277,7 @@ class Engine:
 
     def _plan(self, number: int) -> Round:
         plan = self.method.plan(self.state, number, self.seat.node)
-        return damped(plan, damping(self.staleness)) if self.method.linear else plan
+        return damped(plan, damping(self._beside))
 
     def _leave(self, flight: Flight) -> None:
         """Let a flight travel under what comes next."""
@@ -301,7 +303,7 @@ class Engine:
     def _due(self) -> Generator[Subject, None, list[Flight]]:
         """What has arrived on all ranks of the node, or is too old to be let be."""
         arrived = yield from self._arrived()
-        oldest = self.number - self.staleness
+        oldest = self.number - self._beside
         return [f for f in self._flying if f in arrived or f.round.number < oldest]
 
     def _arrived(self) -> Generator[Subject, None, list[Flight]]:
