@@ -57,7 +57,6 @@ class Framework(Protocol):
     """What differs between TensorFlow and PyTorch beneath Keras."""
 
     name: str
-    version: str
     hvd: Any
 
     def untraced(self, function: Action) -> Action:
@@ -137,7 +136,6 @@ class VariablesGossip(Gossip):
             "groups": groups,
             "segments": segments if not callable(segments) else "a function",
             "framework": framework.name,
-            f"the version of {framework.name}": framework.version,
         }
         super().__init__(current, method, options, facts)
         self.framework, self._segments, self._owner = framework, segments, owner

@@ -29,7 +29,7 @@ HOROVODS = (tf.float16, tf.float32, tf.float64)
 class TensorFlow:
     """See ``variables.Framework``."""
 
-    name, version = "tensorflow", str(tf.__version__)
+    name = "tensorflow"
     hvd = horovod
 
     def untraced(self, function: Action) -> Action:

@@ -60,7 +60,6 @@ class TorchGossip(Gossip):
         facts: dict[str, object] = {
             "reduction": reduction,
             "segments": segments if not callable(segments) else "a function",
-            "the version of torch": torch.__version__,
             "the number of parameters": len(named),
         }
         for name, p in named:

@@ -48,7 +48,7 @@ class KerasMemory(TorchMemory):
 class Torch:
     """See ``variables.Framework``; everything happens at once."""
 
-    name, version = "torch", str(torch.__version__)
+    name = "torch"
     hvd = horovod
 
     def untraced(self, function: Action) -> Action:

@@ -292,14 +292,12 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "hosts with different TensorFlow, under Keras",
-        "import keras, numpy\n"
+        "import tensorflow\n"
         "import gossip_hvd.keras as hvd\n"
-        "from gossip_hvd.tensorflow.framework import TensorFlow\n"
-        "hvd.init(node_size=1)\n"
-        "if hvd.rank() == 1:\n"
-        "    TensorFlow.version = '2.0.0'\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
+        "    tensorflow.__version__ = '2.0.0'\n"
         "say()\n"
-        "hvd.DistributedOptimizer(keras.optimizers.SGD(0.01))",
+        "hvd.init(node_size=1)",
         1,
         differs("the version of tensorflow"),
         environ=NEVER | {"KERAS_BACKEND": "tensorflow"},
