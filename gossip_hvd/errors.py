@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class GossipError(Exception):
@@ -40,6 +41,15 @@ class NotFiniteError(GossipError, ArithmeticError):
 
 class CheckpointError(GossipError, RuntimeError):
     """A checkpoint or saved state that cannot be written, or not be used; names which and why."""
+
+
+@contextmanager
+def failing_as(kind: type[Exception]) -> Iterator[None]:
+    """Raise an error of another kind, Horovod's say, where an operation of ours fails."""
+    try:
+        yield
+    except OperationError as error:
+        raise kind(str(error)) from error
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:

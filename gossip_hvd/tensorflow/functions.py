@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]  # Horovod needs it too
 import numpy as np
+from horovod.common.exceptions import HorovodInternalError
 
 from gossip_hvd import session
 from gossip_hvd.agreement import require_agreement
-from gossip_hvd.errors import ConfigError
+from gossip_hvd.errors import ConfigError, failing_as
 from gossip_hvd.gossip import running
-from gossip_hvd.tensorflow.failures import horovods_error
 from gossip_hvd.variables import VariablesGossip
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ def barrier(process_set: Any = None) -> None:
         HorovodInternalError: where one of them never comes.
     """
     require_everybody(process_set, "barrier")
-    with horovods_error():
+    with failing_as(HorovodInternalError):
         session.current().operations.submit("barrier", None).wait()
 
 
@@ -165,7 +165,7 @@ def join(device: int = -1) -> int:
     Raises:
         HorovodInternalError: where one of the ranks can no longer join.
     """
-    with horovods_error():
+    with failing_as(HorovodInternalError):
         return session.current().operations.join(lambda _: None)[-1]
 
 

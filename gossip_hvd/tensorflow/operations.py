@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import horovod.tensorflow as horovod
 import numpy as np
 import tensorflow as tf
+from horovod.common.exceptions import HorovodInternalError
 
 from gossip_hvd import session
-from gossip_hvd.errors import ConfigError
+from gossip_hvd.errors import ConfigError, failing_as
 from gossip_hvd.mixing import Array
-from gossip_hvd.tensorflow.failures import horovods_error
 
 OPS = {
     horovod.Average: "average",
@@ -124,7 +124,7 @@ def _submit(
     outputs = [np.empty_like(array) for array in flat] if same else []
     shapes = [array.shape for array in arrays]
     label = None if name is None else f"tensorflow.{name}"
-    with horovods_error():
+    with failing_as(HorovodInternalError):
         results = operations.submit(kind, label, flat, shapes, outputs, **details).wait()
     if same:
         return [out.reshape(shape) for out, shape in zip(outputs, shapes, strict=True)]

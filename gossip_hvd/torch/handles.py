@@ -7,8 +7,7 @@ carries it out; otherwise it is one of ours, matched by name (see ``gossip_hvd.o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from gossip_hvd import session
-from gossip_hvd.errors import OperationError
+from gossip_hvd.errors import failing_as
 from gossip_hvd.torch.process_sets import NodeProcessSet, horovod_set, number_of
 from gossip_hvd.torch.tensors import array_of, restored, staged, tensor_of
 from gossip_hvd.transport import PAUSE
@@ -39,15 +38,6 @@ class RefusedError(HorovodInternalError, ValueError):  # type: ignore[misc]
 
     Here it is an error on every rank, so it is also what Horovod raises for disagreements.
     """
-
-
-@contextmanager
-def horovods_error(kind: type[Exception] = HorovodInternalError) -> Iterator[None]:
-    """Raise Horovod's error where an operation of ours fails: scripts and elastic ones catch it."""
-    try:
-        yield
-    except OperationError as error:
-        raise kind(str(error)) from error
 
 
 class Pending:
@@ -211,7 +201,7 @@ def _ours(
         details["splits"] = tuple(int(n) for n in given)
     same = kind in ("allreduce", "broadcast")
     targets = [s if inplace else torch.empty_like(s) for s in sources] if same else []
-    with horovods_error(RefusedError):
+    with failing_as(RefusedError):
         handle = session.current().operations.submit(
             kind,
             None if name is None else f"torch.{name}",
@@ -223,7 +213,7 @@ def _ours(
         )
 
     def wait() -> Any:
-        with horovods_error(RefusedError if kind == "alltoall" else HorovodInternalError):
+        with failing_as(RefusedError if kind == "alltoall" else HorovodInternalError):
             results = handle.wait()
         if same:
             return targets

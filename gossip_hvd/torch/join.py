@@ -12,13 +12,13 @@ from typing import Any
 
 import horovod.torch as horovod
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 
 from gossip_hvd import session
-from gossip_hvd.errors import ConfigError
+from gossip_hvd.errors import ConfigError, failing_as
 from gossip_hvd.gossip import running
 from gossip_hvd.torch.gossip import TorchGossip
-from gossip_hvd.torch.handles import horovods_error
 from gossip_hvd.torch.process_sets import (
     ProcessSet,
     global_process_set,
@@ -39,7 +39,7 @@ def barrier(process_set: ProcessSet = global_process_set) -> None:
         horovod.barrier(inside)
         return
     operations = session.current().operations
-    with horovods_error():
+    with failing_as(HorovodInternalError):
         operations.submit("barrier", None, members=number_of(process_set)).wait()
 
 
@@ -75,7 +75,7 @@ def join(device: int = -1) -> int:
     gossips = {gossip.key: gossip for gossip in running() if isinstance(gossip, TorchGossip)}
     for gossip in gossips.values():
         gossip.shadows.skip(PAID)
-    with horovods_error():
+    with failing_as(HorovodInternalError):
         order = current.operations.join(lambda key: _follow(gossips, key))
     last = order[-1]
     if horovods is not None:
