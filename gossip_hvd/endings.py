@@ -57,6 +57,22 @@ def end_on_errors(rank: int, end: End) -> None:
     sys.excepthook = end_the_job
 
 
+def is_ours(number: int, default: object) -> bool:
+    """Whether this thread may handle a signal, and no handler of the user's own does."""
+    main = threading.current_thread() is threading.main_thread()
+    return main and signal.getsignal(number) is default
+
+
+def signals_heard() -> tuple[int, int]:
+    """A file into which Python writes every signal that comes, and where it wrote them before.
+
+    A thread that reads it hears them also where the main thread is deep in MPI.
+    """
+    listening, speaking = os.pipe()
+    os.set_blocking(speaking, False)
+    return listening, signal.set_wakeup_fd(speaking, warn_on_full_buffer=False)
+
+
 def record_on_sigterm(write: Callable[[str], bool]) -> None:
     """Let SIGTERM, by which launchers end the other ranks of a job, leave a record before it ends.
 
@@ -66,12 +82,9 @@ def record_on_sigterm(write: Callable[[str], bool]) -> None:
     Args:
         write: writes the record; False where it has interrupted its own thread at that.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if not is_ours(signal.SIGTERM, signal.SIG_DFL):
         return
-    listening, speaking = os.pipe()
-    os.set_blocking(speaking, False)
-    before = signal.set_wakeup_fd(speaking, warn_on_full_buffer=False)
+    listening, before = signals_heard()
     if before != -1:
         signal.set_wakeup_fd(before)
 

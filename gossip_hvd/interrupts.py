@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from gossip_hvd.endings import RAISED, End
+from gossip_hvd.endings import RAISED, End, is_ours, signals_heard
 from gossip_hvd.waits import Wait, standing
 
 UNHEARD = 2.0
@@ -32,12 +32,9 @@ def end_on_unheard_interrupts(rank: int, end: End) -> None:
         rank: this rank.
         end: called once the reason is written.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not is_ours(signal.SIGINT, signal.default_int_handler):
         return
-    listening, speaking = os.pipe()
-    os.set_blocking(speaking, False)
-    before = signal.set_wakeup_fd(speaking, warn_on_full_buffer=False)
+    listening, before = signals_heard()
     # What a child hears is not for us.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     heard = threading.Event()
