@@ -1,10 +1,13 @@
 """What gossip costs a step that is bound by computation: links are fast, all is on one machine.
 
-    python -m benchmarks.overhead [--ranks 2] [--node-size 1] [--batch 2048] [--turns 7]
+    python -m benchmarks.overhead [--ranks 2] [--node-size 1] [--batch 2048] [--turns 15]
 
 The same model trains with a plain optimizer whose gradients Horovod averages over the node, and
 with each variant of ours. Variants take turns, some steps each, so that whatever else the machine
-does hits all alike; a figure is the median over turns of the mean step, with their range.
+does hits all alike. A figure is the median over turns of the mean step; what a variant costs is the
+median of its turns' ratios to the plain optimizer's in the same turn, with their quartiles. Beside
+it stands the processors' own time, all ranks and their threads together, which does not hold the
+time in which ranks that exchange wait for each other.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -40,7 +44,7 @@ def main() -> None:
     parser.add_argument("--node-size", type=int, default=1)
     parser.add_argument("--batch", type=int, default=2048, help="samples a step: more compute")
     parser.add_argument("--steps", type=int, default=10, help="of one turn")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--chunk-bytes", type=int, default=0, help="0 for the library's default")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -68,17 +72,27 @@ def measure(batch: int, steps: int, turns: int, chunk_bytes: int | None) -> None
         chosen = {**options, "chunk_bytes": chunk_bytes}
         run[title] = trainer(hvd.DistributedOptimizer, batch, chosen)
     times: dict[str, list[float]] = {title: [] for title in run}
+    used: dict[str, list[float]] = {title: [] for title in run}
     for turn in range(-1, turns):
         for title, train in run.items():
             hvd.barrier()
-            begin = time.monotonic()
+            begin, began = time.monotonic(), time.process_time()
             train(steps)
+            busy = time.process_time() - began
             hvd.barrier()
             if turn >= 0:
                 times[title].append((time.monotonic() - begin) / steps)
+                used[title].append(busy / steps)
+    used = dict(zip(run, totals(hvd, list(used.values())), strict=True))
     if hvd.rank() == 0:
-        show(times)
+        show(times, used)
     hvd.shutdown()
+
+
+def totals(hvd: ModuleType, found: list[list[float]]) -> list[list[float]]:
+    """Seconds of every rank, added up."""
+    total = hvd.allreduce(torch.tensor(found, dtype=torch.float64), op=hvd.Sum)
+    return list(total.tolist())
 
 
 def trainer(
@@ -105,15 +119,24 @@ def trainer(
     return train
 
 
-def show(times: dict[str, list[float]]) -> None:
+def show(times: dict[str, list[float]], used: dict[str, list[float]]) -> None:
     """One line a variant."""
-    base = statistics.median(next(iter(times.values())))
-    for title, found in times.items():
-        median = statistics.median(found)
-        print(
-            f"{title:40} {1e3 * median:7.2f} ms a step ({1e3 * min(found):.2f}-"
-            f"{1e3 * max(found):.2f}), {100 * (median / base - 1):+.1f} %"
-        )
+    print(f"{'':40} {'ms a step':>20} {'more than plain':>26} {'processors':>18}")
+    first = next(iter(times))
+    for title in times:
+        clock = 1e3 * statistics.median(times[title])
+        span = f"({1e3 * min(times[title]):.1f}-{1e3 * max(times[title]):.1f})"
+        low, middle, high = extra(times[title], times[first])
+        more = f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
+        _, work, _ = extra(used[title], used[first])
+        busy = f"{1e3 * statistics.median(used[title]):.1f} ms {work:+.1f} %"
+        print(f"{title:40} {clock:6.2f} {span:>13} {more:>26} {busy:>18}")
+
+
+def extra(found: list[float], base: list[float]) -> list[float]:
+    """Quartiles of what each turn took beyond the same turn of the plain optimizer, in percent."""
+    more = [100 * (one / other - 1) for one, other in zip(found, base, strict=True)]
+    return statistics.quantiles(more, n=4, method="inclusive")
 
 
 if __name__ == "__main__":

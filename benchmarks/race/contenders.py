@@ -105,6 +105,7 @@ CONTENDERS = {
     c.name: c
     for c in (
         Contender("alone", "compute alone", "alone"),
+        _ours("node", "ours: the node's all-reduce only", timing="atc", method="none", models=0),
         _ours("shift", "ours: one random peer a round, AWC", timing="awc", **_SHIFT),
         _ours("shift-bf16", "… bfloat16 wire", timing="awc", wire="bfloat16", **_SHIFT),
         _ours("fair", "ours: crossover fair, AWC", timing="awc", **_FAIR),
