@@ -387,7 +387,8 @@ class Engine:
             )
         if self.method.needs_loss and self.loss is None:
             raise ConfigError(
-                f"method {self.method.name!r} needs the loss: report it before each step."
+                f"method {self.method.name!r} needs the loss: call "
+                "optimizer.gossip.report_loss(loss) before backward (Keras's fit tells it itself)."
             )
         rate = rates if rates is None or isinstance(rates, float) else max(rates)
         return Context(rate, self.loss)

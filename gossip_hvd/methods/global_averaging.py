@@ -180,14 +180,17 @@ class GossipAGA(Averaging):
     def finish(
         self, state: State, done: Round, own_note: Array, notes: Mapping[int, Array]
     ) -> State:
-        """See ``Method.finish``; every node sums the same losses in the same order."""
+        """See ``Method.finish``; a node without a loss, a NaN, is left out of their mean."""
         assert isinstance(state, AdaptiveState)
         after = super().finish(state, done, own_note, notes)
         assert isinstance(after, AdaptiveState)
         if not self.due(state, done.number):
             return replace(after, since=state.since + 1)
+        losses = [n[-1] for n in (own_note, *notes.values()) if not math.isnan(n[-1])]
+        if not losses:
+            return replace(after, since=0)
         # fsum does not depend on the order, which differs from node to node.
-        loss = math.fsum([own_note[-1], *(n[-1] for n in notes.values())]) / (len(notes) + 1)
+        loss = math.fsum(losses) / len(losses)
         first = state.initial_loss
         if done.number < self.warm_up or not first:
             first = (first + loss) / 2 if first else loss

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,8 @@ from gossip_hvd.progress import Steps
 from gossip_hvd.rounds import MOMENTUM, VARIANCE
 from gossip_hvd.segments import Layout
 from gossip_hvd.torch.attachment import Attachment, with_it
-from gossip_hvd.torch.handles import begin, watched
+from gossip_hvd.torch.handles import begin
+from gossip_hvd.torch.loss import NodeLoss
 from gossip_hvd.torch.memory import TorchMemory, field_of
 from gossip_hvd.torch.reduction import Named, NodeReduction, ReductionOptions, weakly
 from gossip_hvd.torch.saved import arrays_as, bytes_of
@@ -81,13 +83,15 @@ class TorchGossip(Gossip):
         if self.delegated:
             process_set, scale = horovod.global_process_set, 1.0
             ranks = tuple(range(current.world.size))
+        siblings = functools.partial(current.waits_for, ranks)
+        self._loss = NodeLoss(f"{self.key}.loss", process_set, siblings)
         self._reduction = NodeReduction(
             named,
             reduction,
             process_set,
             scale,
             self.key,
-            functools.partial(current.waits_for, ranks),
+            siblings,
             self._at_end_of_backward,
             self._at_begin_of_reduction,
         )
@@ -96,18 +100,9 @@ class TorchGossip(Gossip):
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Tell a method that adapts to it the loss of this step, before ``backward``.
 
-        The mean over the node is taken, so all ranks of a node must call.
+        The mean is taken over the ranks of the node that report one.
         """
-        if not self.method.needs_loss:
-            return
-        value = torch.as_tensor(loss, dtype=torch.float64).detach().to("cpu", copy=True)
-        process_set = self.session.process_sets["torch"]
-        if process_set is not None:
-            name = f"{self.key}.loss"
-            handle = horovod.allreduce_async(value, name=name, process_set=process_set)
-            ranks = self.session.node_ranks
-            value = watched(handle, lambda: self.session.waits_for(ranks, "report_loss"))
-        self.engine.loss = float(value)
+        self._loss.report(loss)
 
     def trains(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter is gossiped."""
@@ -202,6 +197,8 @@ class TorchGossip(Gossip):
 
     def _at_begin_of_reduction(self) -> None:
         self.shadows.skip(NEXT)
+        if self.method.needs_loss:
+            self._loss.begin()
         if not self.delegated:  # Those steps are Horovod's to follow, and not all ranks make them.
             self._step = self.session.operations.step(self.key)
 
@@ -213,8 +210,17 @@ class TorchGossip(Gossip):
             self.shadows.meet(self._step, paying)
         if self.method.needs_rate:
             self.learn(self._rates())
+        if self.method.needs_loss:
+            self._hear_loss()
         self.reduced()
         self.shadows.pending = self.shadows.leader is not None
+
+    def _hear_loss(self) -> None:
+        loss = self._loss.mean()
+        if loss is None and self.engine.loss is None and self.shadows.following:
+            loss = math.nan  # A node that has never had data has none to tell.
+        if loss is not None:
+            self.engine.loss = loss
 
     def _rates(self) -> list[float]:
         """The learning rate of every field."""

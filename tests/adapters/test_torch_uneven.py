@@ -19,6 +19,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"method": "sgp"},
     {"method": "slowmo", "period": 2},  # needs the rate
     {"method": "averaged_momentum"},  # sends the optimizer's state
+    {"method": "gossip_aga", "warm_up": 2, "initial": 1},  # needs the loss
 )
 UNEVEN_NODES = [Job(5, "node", 3), Job(4, "node", 2), Job(4, "world", 2), ONE_NODE[0]]
 
@@ -37,6 +38,7 @@ def trained(me: Rank, lengths: list[int], infinite: bool, **options: Any) -> Any
         loss = (model(x) - y).square().mean()
         if infinite and step in (1, 2, 4) and me.rank in (1, 2):
             loss = loss * float("inf")
+        optimizer.gossip.report_loss(loss)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
@@ -85,3 +87,37 @@ def test_who_has_no_data_changes_nothing_but_the_mean(me: Rank) -> None:
                 for p in every:
                     p.copy_(mean)
     torch.testing.assert_close(vector(model), vector(replicas[0]), rtol=1e-5, atol=1e-6)
+
+
+@on_ranks([Job(4, "node", 2), Job(4, "world", 2)])
+def test_the_loss_is_the_mean_over_ranks_that_have_one(me: Rank) -> None:
+    """Rank 1 reports none, rank 2 is soon out of data, and of the other losses some are known."""
+    model = mlp(torch.float32)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = model.named_parameters()
+    optimizer = hvd.DistributedOptimizer(optimizer, names, method="gossip_aga", initial=1)
+    heard = []
+    for step in range(1 if me.rank == 2 else 3):
+        optimizer.zero_grad()
+        if me.rank != 1:
+            optimizer.gossip.report_loss(1.0 + me.rank + 10 * step)
+        x, y = batch(me.rank, step, torch.float32, 5, 3)
+        (model(x) - y).square().mean().backward()
+        heard.append(optimizer.gossip.engine.loss)
+        optimizer.step()
+    hvd.join()
+    second = [3.5, 14.0, 24.0]
+    assert heard == ([1.0, 11.0, 21.0] if me.node == 0 else second[: len(heard)])
+    assert optimizer.gossip.engine.loss == (21.0 if me.node == 0 else 24.0)
+
+
+@on_ranks([Job(4, "node", 2), Job(2, "node", 1)])
+def test_a_node_that_never_has_data_follows_an_adaptive_method(me: Rank) -> None:
+    options = {"method": "gossip_aga", "initial": 2, "warm_up": 3}
+    lengths = [5, 4, 0, 0] if me.size == 4 else [5, 0]
+    model, optimizer = trained(me, lengths, infinite=False, **options)
+    assert_nodes_equal(me, model)
+    states = me.gather(optimizer.gossip.engine.state)
+    assert all(state == states[0] for state in states)
+    assert states[0].initial_loss > 0
+    assert optimizer.gossip.round == 5
