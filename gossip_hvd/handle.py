@@ -19,6 +19,12 @@ LOOK = 0.25
 class Handle:
     """One operation that has been asked for.
 
+    Args:
+        request: what is asked for.
+        rank: this rank.
+        known_by: the ranks that know whom it waits for.
+        work: called by ``wait``, to do its part of the operation while it can.
+
     Attributes:
         request: what was asked for.
         results: flat arrays, once it is done; for operations whose outputs were given, those.
@@ -26,9 +32,13 @@ class Handle:
     """
 
     def __init__(
-        self, request: Request, rank: int, known_by: Callable[[], tuple[int, ...]]
+        self,
+        request: Request,
+        rank: int,
+        known_by: Callable[[], tuple[int, ...]],
+        work: Callable[[Handle], None] | None = None,
     ) -> None:
-        self.request, self._rank, self._known_by = request, rank, known_by
+        self.request, self._rank, self._known_by, self._work = request, rank, known_by, work
         self.results: list[Array] = []
         self.response: Response | None = None
         self._error: BaseException | None = None
@@ -48,6 +58,8 @@ class Handle:
         """
         if not self._done.is_set():
             with waiting(self, MARGIN) as wait:
+                if self._work is not None:
+                    self._work(self)
                 while not self._done.wait(LOOK):
                     wait.check()
         if self._error is not None:

@@ -23,6 +23,38 @@ UNHEARD = 2.0
 """Seconds after which an interrupt will not be heard any more."""
 
 
+class _PutOff:
+    """Within it the main thread's interrupts wait for its end, which must come soon.
+
+    Where the user has a handler of their own, that one still comes at once.
+    """
+
+    def __init__(self) -> None:
+        self._active = self._came = False
+
+    def __enter__(self) -> None:
+        self._active = threading.current_thread() is threading.main_thread()
+
+    def __exit__(self, *_: object) -> None:
+        self._active = False
+        if self._came:
+            self._came = False
+            raise KeyboardInterrupt
+
+    def delays(self) -> bool:
+        """From the handler: whether this interrupt will be raised later."""
+        self._came = self._came or self._active
+        return self._active
+
+
+_put_off = _PutOff()
+
+
+def put_off() -> _PutOff:
+    """For the few lines that an interrupt must not part; one thread at a time, and not nested."""
+    return _put_off
+
+
 def end_on_unheard_interrupts(rank: int, end: End) -> None:
     """From now on an interrupt ends the job also where the main thread is deep in a wait.
 
@@ -41,7 +73,8 @@ def end_on_unheard_interrupts(rank: int, end: End) -> None:
 
     def hear(number: int, frame: FrameType | None) -> None:
         heard.set()
-        signal.default_int_handler(number, frame)
+        if not _put_off.delays():
+            signal.default_int_handler(number, frame)
 
     def listen() -> None:
         while said := os.read(listening, 64):

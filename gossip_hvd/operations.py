@@ -2,44 +2,38 @@
 
 A rank that asks announces the name to rank 0 (see ``negotiation``) and goes on computing; its
 handle is done when all ranks have asked and the values have travelled. All MPI calls are made by
-one thread a process, on communicators of its own. Frameworks pass flat NumPy arrays and their
-real shapes, so nothing here knows any.
+one thread at a time, on communicators of their own: by ours, or by one that waits for a small
+operation and has nothing else to do. Frameworks pass flat NumPy arrays and their real shapes, so
+nothing here knows any.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import sys
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from gossip_hvd.envelopes import (
-    decode_requests,
-    decode_responses,
-    encode_requests,
-    encode_responses,
-)
+from gossip_hvd.correspondence import Correspondence
 from gossip_hvd.errors import OperationError
 from gossip_hvd.execution import Asked, Executor
 from gossip_hvd.handle import Handle
+from gossip_hvd.interrupts import put_off
 from gossip_hvd.joining import Steps
 from gossip_hvd.mixing import Array
-from gossip_hvd.negotiation import SHUT_DOWN, Coordinator
+from gossip_hvd.negotiation import SHUT_DOWN
 from gossip_hvd.requests import PLAIN, Request, Response
-from gossip_hvd.small import packed
-from gossip_hvd.transport.mpi import Post, World
+from gossip_hvd.small import is_small, packed
+from gossip_hvd.transport.mpi import World
 from gossip_hvd.waits import Facts, waiting
 from gossip_hvd.watch import Watch
 
-log = logging.getLogger("gossip_hvd")
-
 SPIN = 2e-3
-"""Seconds for which the thread looks for news without a pause."""
+"""Seconds for which a thread looks for news without a pause."""
 
 PAUSE = 1e-4
 """Seconds between looks afterwards, and ..."""
@@ -63,23 +57,17 @@ class Operations:
 
     def __init__(self, world: World, watch: Watch) -> None:
         self.rank, self.size = world.rank, world.size
-        self._executor = Executor(world)
-        self._post: Post = world.post()
-        self._coordinator: Coordinator | None = None
-        if world.rank == 0:
-            patience = watch.patience
-            self._coordinator = Coordinator(
-                world.size, patience.stop_after, patience.warn_after, watch.known
-            )
-        self._watch, self._looked = watch, -1.0
+        self._executor, self._letters = Executor(world), Correspondence(world, watch)
+        self._watch = watch
         self._leaving: Handle | None = None
         self._numbers: defaultdict[tuple[str, int], Iterator[int]] = defaultdict(itertools.count)
         self._epoch = 0
-        self._new: deque[Request] = deque()
         self._steps, self._watched = Steps(), False
         self._followed: SimpleQueue[str | None] = SimpleQueue()
         self._asked: dict[tuple[int, str], Asked] = {}
+        self._agreed: list[Response] = []
         self._lock = threading.Lock()
+        self._turn = threading.Lock()  # Held by the thread that works.
         self._work = threading.Event()
         self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="gossip-operations", daemon=True)
@@ -98,6 +86,7 @@ class Operations:
         shapes: Sequence[Sequence[int]] = (),
         outputs: Sequence[Array] | None = None,
         given: tuple[str, ...] = (),
+        awaited: bool = False,
         **details: Any,
     ) -> Handle:
         """Ask for an operation; returns at once.
@@ -110,6 +99,7 @@ class Operations:
             outputs: where results go, for operations whose results have the inputs' shapes;
                 may be the inputs.
             given: dtypes in place of the inputs'.
+            awaited: whether the caller's next call is ``wait``, which may then do the work.
             details: further fields of ``Request``.
 
         Raises:
@@ -126,7 +116,8 @@ class Operations:
             dtypes=given or tuple(str(values.dtype) for values in inputs),
             **details,
         )
-        handle = Handle(request, self.rank, self._known_by)
+        awaited = awaited and is_small(request)
+        handle = Handle(request, self.rank, self._known_by, self._help if awaited else None)
         asked = Asked(handle, list(inputs), list(outputs or ()))
         key = (members, name)
         with self._lock:
@@ -143,8 +134,9 @@ class Operations:
                     "tensor, use a different tensor name."
                 )
             self._asked[key] = asked
-            self._new.append(packed(request, asked.inputs, self.rank))
-        self._work.set()
+            self._letters.new.append(packed(request, asked.inputs, self.rank))
+        if not awaited:
+            self._work.set()
         return handle
 
     def next_name(self, kind: str, members: int = 0) -> str:
@@ -164,7 +156,7 @@ class Operations:
         """
         report = self._steps.add(key)
         if self._watched:
-            self._new.append(report)
+            self._letters.new.append(report)
             self._work.set()
         return report.splits[0]
 
@@ -217,7 +209,7 @@ class Operations:
             self._leaving.wait()
         self._thread.join()
         self._executor.free()
-        self._post.free()
+        self._letters.free()
 
     # The thread -----------------------------------------------------------------------------
 
@@ -235,18 +227,29 @@ class Operations:
 
     def _patience(self) -> float:
         """For how long to sleep when this rank has asked for nothing."""
-        if self._coordinator is None:
+        coordinator = self._letters.coordinator
+        if coordinator is None:
             return WATCH
-        apart = any(0 not in ranks for ranks in self._coordinator.sets.values())
-        return LONG_PAUSE if apart or not self._coordinator.idle else WATCH
+        apart = any(0 not in ranks for ranks in coordinator.sets.values())
+        return LONG_PAUSE if apart or not coordinator.idle else WATCH
+
+    @property
+    def _busy(self) -> bool:
+        """Whether anything is left that this rank has asked for, or shall do."""
+        return bool(self._asked or self._letters.new or self._agreed)
 
     def _serve(self) -> None:
-        """Work until nothing that this rank has asked for is left."""
+        """Work until nothing is left."""
         last = time.monotonic()
         while self._ended is None:
-            if self._announce() | self._coordinate() | self._obey():
-                last = time.monotonic()
-            if not self._asked and not self._new:
+            if not self._turn.acquire(blocking=False):
+                return  # Who works in this thread's place wakes it up when he stops.
+            try:
+                if self._advance():
+                    last = time.monotonic()
+            finally:
+                self._turn.release()
+            if not self._busy:
                 return
             waited = time.monotonic() - last
             if waited > SPIN:
@@ -255,66 +258,51 @@ class Operations:
             else:
                 time.sleep(0)
 
-    def _announce(self) -> bool:
-        """Tell the coordinator what has been asked for since the last look."""
-        requests = []
-        while self._new:
-            requests.append(self._new.popleft())
-        if requests:
-            if self._coordinator is not None:
-                self._coordinator.announce(0, requests, self._watch.clock)
-            else:
-                self._post.send(0, encode_requests(requests))
-        return bool(requests)
+    def _help(self, handle: Handle) -> None:
+        """Work on the thread that waits for a small operation, as long as news come quickly.
 
-    def _coordinate(self) -> bool:
-        """Hear announcements and send out what is ready; on rank 0."""
-        coordinator = self._coordinator
-        if coordinator is None:
-            return False
+        No other need then be woken up, nor wake it.
+        """
+        if self._turn.acquire(blocking=False):
+            try:
+                last = time.monotonic()
+                while not handle.done and time.monotonic() - last < SPIN:
+                    with put_off():
+                        moved = self._advance(briefly=True)
+                    if moved:
+                        last = time.monotonic()
+                    elif self._agreed or self._ended is not None:
+                        break
+                    else:
+                        time.sleep(0)
+            except BaseException as error:
+                self._end(error)
+                raise
+            finally:
+                self._turn.release()
+        if self._busy:
+            self._work.set()
+
+    def _advance(self, briefly: bool = False) -> bool:
+        """Tell, hear and carry out what there is now; whether there was anything.
+
+        Args:
+            briefly: leave what calls MPI's collectives, which nobody can break off.
+        """
         moved = False
-        now = self._watch.clock
-        while (letter := self._post.receive()) is not None:
-            coordinator.announce(letter[0], decode_requests(*letter), now)
+        if not self._agreed:
+            moved = self._letters.announce() | self._letters.coordinate()
+            heard = self._letters.hear()
+            self._agreed = [one for one in heard if not self._concerns_joined(one)]
+            moved = moved or bool(heard)
+        if self._agreed and (not briefly or all(one.values for one in self._agreed)):
+            agreed, self._agreed = self._agreed, []
+            self._carry_out(agreed)
             moved = True
-        if now != self._looked:
-            self._look(coordinator, now)
-        self._tell(coordinator.outgoing)
         return moved
 
-    def _look(self, coordinator: Coordinator, now: float) -> None:
-        """Whenever the clock has moved: who is awaited, and for how long."""
-        self._looked = now
-        self._watch.awaited = coordinator.awaited(now - self._watch.ask_after)
-        coordinator.look(now)
-        for sentence in coordinator.warnings:
-            log.warning("gossip_hvd: %s", sentence)
-        coordinator.warnings.clear()
-
-    def _tell(self, outgoing: Mapping[int, list[Response]]) -> None:
-        """Send every other rank what has been agreed; most are told the very same."""
-        letters: dict[tuple[int, ...], bytes] = {}
-        others = {rank: said for rank, said in outgoing.items() if said and rank != self.rank}
-        for rank, said in others.items():
-            same = tuple(map(id, said))
-            if same not in letters:
-                letters[same] = encode_responses(said)
-            self._post.send(rank, letters[same])
-        for said in others.values():
-            said.clear()
-
-    def _obey(self) -> bool:
-        """Carry out what has been agreed, in the order in which it was."""
-        if self._coordinator is not None:
-            responses = list(self._coordinator.outgoing[0])
-            self._coordinator.outgoing[0].clear()
-        else:
-            letter = self._post.receive()
-            responses = [] if letter is None else decode_responses(*letter)
-        moved = bool(responses)
-        for response in responses:
-            self._note(response)
-        responses = [one for one in responses if one.request.kind not in ("steps", "watch")]
+    def _carry_out(self, responses: Sequence[Response]) -> None:
+        """Do what has been agreed, in the order in which it was."""
         for batch in self._executor.batches(responses):
             mine = [self._take(response) for response in batch]
             self._executor.run(batch, mine)
@@ -326,15 +314,17 @@ class Operations:
                 self._followed.put(None)
             if batch[0].request.kind == "shutdown":
                 self._end(OperationError(SHUT_DOWN))
-        return moved
 
-    def _note(self, response: Response) -> None:
-        """What concerns ranks that are out of data."""
+    def _concerns_joined(self, response: Response) -> bool:
+        """Whether this is about ranks that are out of data, and nothing to carry out."""
         if response.request.kind == "watch":
             self._watched = True
-            self._new.append(self._steps.note(response.request))
+            self._letters.new.append(self._steps.note(response.request))
         elif response.request.kind == "steps":
             self._followed.put(response.request.name)
+        else:
+            return False
+        return True
 
     def _take(self, response: Response) -> Asked | None:
         """What this rank asked for under a response's name; None where it has joined."""

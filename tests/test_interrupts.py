@@ -62,6 +62,29 @@ CASES = {
         8,
         "",
     ),
+    "where lines must not be parted it waits for their end": (
+        "listen()\ninterrupt()\n"
+        "try:\n"
+        "    with interrupts.put_off():\n"
+        "        for _ in range(60):\n"
+        "            time.sleep(0.01)\n"
+        "        done = True\n"
+        "except KeyboardInterrupt:\n"
+        "    os._exit(9 if done else 10)",
+        9,
+        "",
+    ),
+    "another thread's lines delay nothing": (
+        "def work():\n"
+        "    with interrupts.put_off():\n"
+        "        time.sleep(9)\n"
+        "threading.Thread(target=work, daemon=True).start()\n"
+        "listen()\ninterrupt()\n"
+        "with waiting(WAIT):\n"
+        "    time.sleep(9)",
+        -2,
+        "KeyboardInterrupt",
+    ),
     "a handler of the user's own is left alone": (
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
         "listen()\ninterrupt()\nwith waiting(WAIT):\n    deep()",

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("simulate", "gossip", "ranks", "shards"),
     ("session",),
     ("operations",),
-    ("execution",),
+    ("execution", "correspondence"),
     ("saved",),
     ("engine",),
     ("progress",),

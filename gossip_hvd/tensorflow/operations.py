@@ -125,7 +125,9 @@ def _submit(
     shapes = [array.shape for array in arrays]
     label = None if name is None else f"tensorflow.{name}"
     with failing_as(HorovodInternalError):
-        results = operations.submit(kind, label, flat, shapes, outputs, **details).wait()
+        results = operations.submit(
+            kind, label, flat, shapes, outputs, awaited=True, **details
+        ).wait()
     if same:
         return [out.reshape(shape) for out, shape in zip(outputs, shapes, strict=True)]
     rows = [np.asarray(result) for result in results]

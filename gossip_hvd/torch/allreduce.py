@@ -66,9 +66,9 @@ def allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> torch.Tensor:
     """Reduce a tensor in place and return it."""
-    result: torch.Tensor = synchronize(
-        allreduce_async_(tensor, average, name, op, prescale_factor, postscale_factor, process_set)
-    )
+    how = reduction(op, average), prescale_factor, postscale_factor, process_set
+    begun = _begin([tensor], name, *how, inplace=True, awaited=True)
+    result: torch.Tensor = synchronize(begun)
     return result
 
 
@@ -161,11 +161,9 @@ def grouped_allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> tuple[torch.Tensor, ...]:
     """Reduce several tensors in place as one operation."""
-    result: tuple[torch.Tensor, ...] = synchronize(
-        grouped_allreduce_async_(
-            tensors, average, name, op, prescale_factor, postscale_factor, process_set
-        )
-    )
+    how = reduction(op, average), prescale_factor, postscale_factor, process_set
+    begun = _begin(tensors, name, *how, grouped=True, inplace=True, awaited=True)
+    result: tuple[torch.Tensor, ...] = synchronize(begun)
     return result
 
 
@@ -246,7 +244,7 @@ class _Allreduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str | None, how: Any, grouped: bool, *tensors: Any) -> Any:
         ctx.how, ctx.grouped = how, grouped
-        return synchronize(_begin(tensors, name, *how, grouped=grouped))
+        return synchronize(_begin(tensors, name, *how, grouped=grouped, awaited=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -43,7 +43,7 @@ def _average(tensor: torch.Tensor, weight: float, parts: int) -> None:
     work = target.to("cpu", torch.float64, copy=True).contiguous().mul_(weight)
     flat = array_of(work)
     handle = session.current().operations.submit(
-        "allreduce", None, [flat], [work.shape], [flat], op="sum"
+        "allreduce", None, [flat], [work.shape], [flat], awaited=True, op="sum"
     )
     handle.wait()
     target.copy_(work.div_(parts))

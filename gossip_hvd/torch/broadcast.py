@@ -43,7 +43,8 @@ def broadcast_(
     process_set: ProcessSet = global_process_set,
 ) -> torch.Tensor:
     """Overwrite a tensor with the root's and return it."""
-    result: torch.Tensor = synchronize(broadcast_async_(tensor, root_rank, name, process_set))
+    how: dict[str, Any] = {"inplace": True, "root": root_rank, "awaited": True}
+    result: torch.Tensor = synchronize(begin("broadcast", [tensor], name, process_set, **how))
     return result
 
 
@@ -73,7 +74,8 @@ class _Broadcast(torch.autograd.Function):
         ctx: Any, tensor: torch.Tensor, root_rank: int, name: str | None, process_set: Any
     ) -> Any:
         ctx.root_rank, ctx.process_set = root_rank, process_set
-        return synchronize(broadcast_async(tensor, root_rank, name, process_set))
+        how: dict[str, Any] = {"root": root_rank, "awaited": True}
+        return synchronize(begin("broadcast", [tensor], name, process_set, **how))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:

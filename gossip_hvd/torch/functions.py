@@ -128,13 +128,12 @@ class _Gatherer:
 
 
 def _broadcast_bytes(data: bytes, root_rank: int, name: str, process_set: Any) -> bytes:
+    how: dict[str, Any] = {"inplace": True, "root": root_rank, "awaited": True}
     length = torch.tensor([len(data)])
-    synchronize(
-        begin("broadcast", [length], f"{name}.sz", process_set, inplace=True, root=root_rank)
-    )
+    synchronize(begin("broadcast", [length], f"{name}.sz", process_set, **how))
     text = torch.zeros(int(length), dtype=torch.uint8)
     text[: len(data)] = torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
-    synchronize(begin("broadcast", [text], f"{name}.t", process_set, inplace=True, root=root_rank))
+    synchronize(begin("broadcast", [text], f"{name}.t", process_set, **how))
     return text.numpy().tobytes()
 
 

@@ -116,7 +116,8 @@ def begin(
         process_set: the ranks that take part.
         grouped: whether the result is a list.
         inplace: write the result into the tensors.
-        details: ``op``, ``prescale``, ``postscale``, ``root`` or ``splits``.
+        details: ``op``, ``prescale``, ``postscale``, ``root`` or ``splits``; ``awaited``, where the
+            caller waits for it at once.
 
     Raises:
         HorovodInternalError: for a name that is in use.

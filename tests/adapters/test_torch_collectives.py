@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from rank import Rank
 from ranks import ALL, BOTH_SCOPES, ODD, UNEVEN, Job, on_ranks
 
 import gossip_hvd.torch as hvd
+from gossip_hvd import operations, session
 
 MANY = [Job(1), Job(1, "world"), Job(2), *BOTH_SCOPES, *UNEVEN[:2]]
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -20,8 +24,8 @@ NUMBERS = (*FLOATS, torch.int32, torch.int64)
 
 def small(me: Rank, dtype: torch.dtype = torch.float32, rank: int | None = None) -> torch.Tensor:
     """Small integers, which every dtype and every order of summation keeps exactly."""
-    random = np.random.default_rng([7, me.rank if rank is None else rank])
-    return torch.from_numpy(random.integers(-5, 6, (3, 4))).to(dtype)
+    draw = np.random.default_rng([7, me.rank if rank is None else rank])
+    return torch.from_numpy(draw.integers(-5, 6, (3, 4))).to(dtype)
 
 
 def every(me: Rank, dtype: torch.dtype) -> torch.Tensor:
@@ -341,3 +345,46 @@ def test_average_parameters_of_a_model_trained_in_part(me: Rank) -> None:
     assert model[0].weight.unique().tolist() == pytest.approx(model[1].weight.unique().tolist()), (
         "one call, two kinds of mean"
     )
+
+
+@on_ranks([Job(3), Job(4, "node", 2)])
+def test_who_waits_for_a_small_operation_does_the_work(me: Rank) -> None:
+    """What calls MPI's collectives stays with the thread made for it."""
+    executor = session.current().operations._executor
+    run, seen = executor.run, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operations, "SPIN", 30.0)
+        patch.setattr(executor, "run", lambda *a: (seen.append(threading.get_ident()), run(*a)))
+        for size in (1, 5_000):
+            seen.clear()
+            me.settle()
+            for _ in range(10):
+                assert hvd.allreduce(torch.ones(size), op=hvd.Sum).sum() == size * me.size
+            mine = seen.count(threading.get_ident())
+            assert mine > 0 if size == 1 else mine == 0
+        me.settle()
+
+
+@on_ranks([Job(2), Job(4, "node", 2)])
+def test_threads_that_wait_share_the_work_with_ours(me: Rank) -> None:
+    def work(number: int) -> list[float]:
+        draw = random.Random(f"{me.rank} {number}")
+        found = []
+        for i in range(30):
+            size = (1, 200, 3_000)[(number + i) % 3]
+            handles = [
+                hvd.allreduce_async(torch.full((size,), 1.0 + j), name=f"{number}.{i}.{j}")
+                for j in draw.sample(range(2), draw.choice([0, 2]))
+            ]
+            found.append(
+                hvd.allreduce(torch.full((size,), float(i + me.rank)), name=f"{number}.{i}")
+            )
+            for j in range(2 if not handles else 0):
+                handles.append(hvd.allreduce_async(torch.ones(size), name=f"{number}.{i}.{j}"))
+            for handle in handles:
+                hvd.synchronize(handle)
+        return [float(tensor.mean()) for tensor in found]
+
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(work, range(3)))
+    assert results == [[i + (me.size - 1) / 2 for i in range(30)]] * 3

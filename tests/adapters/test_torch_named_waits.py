@@ -104,7 +104,7 @@ CASES = {
     "a letter is damaged": Case(
         "hvd.allreduce(torch.ones(3))\n"
         "if hvd.rank() == 2:\n"
-        "    session.current().operations._post.send(0, b'[' * 40)\n"
+        "    session.current().operations._letters._post.send(0, b'[' * 40)\n"
         "time.sleep(60)",
         code=1,
         says=(

@@ -332,7 +332,7 @@ def test_a_mismatch_is_an_error_on_every_rank_and_nothing_hangs(me: Rank) -> Non
 def test_a_name_that_one_rank_never_gives_is_named(me: Rank) -> None:
     from gossip_hvd import session
 
-    coordinator = session.current().operations._coordinator
+    coordinator = session.current().operations._letters.coordinator
     if coordinator is not None:
         coordinator._limit = 0.5
     me.settle()

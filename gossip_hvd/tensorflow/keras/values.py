@@ -96,6 +96,7 @@ def _submit(
         [array.reshape(-1)],
         [array.shape],
         outputs,
+        awaited=True,
         **details,
     )
     return handle.wait()[0]
