@@ -44,6 +44,7 @@ class TorchGossip(Gossip):
 
     Attributes:
         offered: all names that the user gave, also of parameters that the optimizer may yet get.
+        names: the name of every parameter that it trains now.
         shadows: the ranks of this node that are out of data.
     """
 
@@ -70,6 +71,7 @@ class TorchGossip(Gossip):
         super().__init__(current, method.fitted(kind), options, {"optimizer": kind, **facts})
         self._optimizer = weakref.ref(optimizer)
         self._named, self._segments = list(named), segments
+        self.names = {p: name for name, p in named}
         self._depth, self._skipping = 0, False
         self._polling: dict[int, Any] = {}
         self.shadows = Shadows(self, lambda: self._live())
@@ -136,6 +138,7 @@ class TorchGossip(Gossip):
         _succeed(named)
         # The engine is made anew when the next backward ends, as for parameters unfrozen.
         self._named += named
+        self.names.update((p, name) for name, p in named)
         self._reduction.add(named)
 
     def leave(self, ids: set[int]) -> None:
@@ -145,6 +148,9 @@ class TorchGossip(Gossip):
         self._reduction.drop(ids)
         for key in ids & self._polling.keys():
             self._polling.pop(key).remove()
+        for _, p in self._named:
+            if id(p) in ids:
+                del self.names[p]
         self._named = [(name, p) for name, p in self._named if id(p) not in ids]
         ended = self.session is not session.current()
         if not ended and any(p.requires_grad for _, p in self._named):
@@ -334,6 +340,8 @@ class TorchGossip(Gossip):
             "synchronize": self._reduction.synchronize,
             "skip_synchronize": self._skip,
             "set_backward_passes_per_step": self._reduction.await_passes,
+            # Private there, yet Horovod's own tests read it.
+            "_parameter_names": self.names,
         }
         on_parameters = (self._polling, self._reduction.hooked, self._reduction.weighing)
         self._attachment = Attachment(optimizer, hooks, attributes, self._number, on_parameters)

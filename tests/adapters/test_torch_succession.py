@@ -134,6 +134,30 @@ def test_parameters_that_are_added_leave_their_optimizer(me: Rank) -> None:
         assert_nodes_equal(me, whole)
 
 
+@on_ranks([Job(1), *BOTH_SCOPES])
+def test_names_of_parameters_stand_where_horovod_keeps_them(me: Rank) -> None:
+    body, head = mlp(), torch.nn.Linear(3, 3).double()
+    groups = [{"params": list(layer.parameters())} for layer in (body[0], body[2])]
+    unnamed = hvd.DistributedOptimizer(torch.optim.SGD(groups, lr=0.1))
+    names = unnamed._parameter_names
+    assert list(map(id, names)) == list(map(id, body.parameters()))
+    assert len(set(names.values())) == 4
+    assert hvd.allgather_object(set(names.values())) == [set(names.values())] * me.size
+    whole = torch.nn.Sequential(body, head)
+    named = hvd.DistributedOptimizer(
+        torch.optim.SGD(body[0].parameters(), lr=0.1), whole.named_parameters()
+    )
+    named.add_param_group({"params": list(head.parameters())})
+    assert set(named._parameter_names.values()) == {"0.0.weight", "0.0.bias", "1.weight", "1.bias"}
+    assert named._parameter_names[head.weight] == "1.weight"
+    assert set(map(id, names)) == set(map(id, body[2].parameters()))
+    copied = copy.deepcopy(named)
+    assert not hasattr(copied, "_parameter_names")
+    last = wrapped(body[2], torch.optim.SGD(body[2].parameters(), lr=0.1))
+    assert set(last._parameter_names.values()) == {"weight", "bias"}
+    assert not hasattr(unnamed, "_parameter_names")
+
+
 class Tied(torch.nn.Module):
     """Two layers with one weight."""
 
