@@ -10,6 +10,7 @@ nothing here knows any.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import threading
 import time
@@ -33,7 +34,10 @@ from gossip_hvd.waits import Facts, waiting
 from gossip_hvd.watch import Watch
 
 SPIN = 2e-3
-"""Seconds for which a thread looks for news without a pause."""
+"""Seconds for which our thread looks for news without a pause, ..."""
+
+HELP = 1e-2
+"""... and for which one does that waits itself, and so takes no time from anybody's program."""
 
 PAUSE = 1e-4
 """Seconds between looks afterwards, and ..."""
@@ -266,7 +270,7 @@ class Operations:
         if self._turn.acquire(blocking=False):
             try:
                 last = time.monotonic()
-                while not handle.done and time.monotonic() - last < SPIN:
+                while not handle.done and time.monotonic() - last < HELP:
                     with put_off():
                         moved = self._advance(briefly=True)
                     if moved:
@@ -274,7 +278,7 @@ class Operations:
                     elif self._agreed or self._ended is not None:
                         break
                     else:
-                        time.sleep(0)
+                        os.sched_yield()
             except BaseException as error:
                 self._end(error)
                 raise

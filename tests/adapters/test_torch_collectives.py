@@ -353,7 +353,7 @@ def test_who_waits_for_a_small_operation_does_the_work(me: Rank) -> None:
     executor = session.current().operations._executor
     run, seen = executor.run, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operations, "SPIN", 30.0)
+        patch.setattr(operations, "HELP", 30.0)
         patch.setattr(executor, "run", lambda *a: (seen.append(threading.get_ident()), run(*a)))
         for size in (1, 5_000):
             seen.clear()
