@@ -127,12 +127,14 @@ class Executor:
             ]
             if len(pairs) == 1:
                 source, values = pairs[0]
+            else:
+                source = values = np.concatenate([source for source, _ in pairs])
+            if request.prescale != 1.0:
                 if source is not values:
                     np.copyto(values, source)
-            else:
-                values = np.concatenate([source for source, _ in pairs])
-            scale(values, request.prescale)
-            group.allreduce(values, request.op)
+                    source = values
+                scale(values, request.prescale)
+            group.allreduce(values, request.op, source)
             scale(values, request.postscale, group.size if request.op == "average" else 1)
             if len(pairs) > 1:
                 start = 0

@@ -58,10 +58,14 @@ def test_allreduce(me: Rank) -> None:
         for length in LENGTHS:
             for dtype in DTYPES:
                 for op in OPS if length < 10_000 else ("sum",):
-                    found = values(me.rank, length, dtype)
+                    found, source = (values(me.rank, length, dtype) for _ in range(2))
                     group.allreduce(found, op)
                     expected = reduced(range(me.size), length, dtype, op)
                     assert np.array_equal(found, expected), (length, dtype, op)
+                    found.fill(0)
+                    group.allreduce(found, op, source)
+                    assert np.array_equal(found, expected), (length, dtype, op)
+                    assert np.array_equal(source, values(me.rank, length, dtype)), "it was changed"
 
 
 @on_ranks(JOBS, bare=True)

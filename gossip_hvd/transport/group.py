@@ -76,16 +76,22 @@ class Group:
         """Return when all have come here."""
         self._comm.Barrier()
 
-    def allreduce(self, values: Array, op: str) -> None:
-        """Overwrite a 1-D array with its reduction, the same bits on every rank.
+    def allreduce(self, values: Array, op: str, source: Array | None = None) -> None:
+        """Overwrite a 1-D array with a reduction, the same bits on every rank.
 
         Args:
             values: of one length and dtype on all ranks.
             op: see ``reductions.combine``.
+            source: what to reduce: by default ``values``, otherwise nowhere the same memory.
         """
+        small = values.nbytes * self.size <= SMALL
+        two_levels = not (small or self._one_host) and self._host.Get_size() > 1
+        if source is None or not (two_levels and self._knows(values)):
+            if source is not None and source is not values:
+                np.copyto(values, source)
+            source = values
         if self.size == 1 or not values.size:
             return
-        small = values.nbytes * self.size <= SMALL
         for start in range(0, values.size, LARGEST):
             part = values[start : start + LARGEST]
             if self._knows(values) and (small or self._one_host):
@@ -95,13 +101,14 @@ class Group:
                 self._comm.Allgather(self._raw(part), self._raw(every))
                 combine(op, list(every), part)
             else:
-                self._allreduce(part, op)
+                taken = part if source is values else source[start : start + LARGEST]
+                self._allreduce(part, op, taken)
 
-    def _allreduce(self, values: Array, op: str) -> None:
+    def _allreduce(self, values: Array, op: str, source: Array) -> None:
         members = self._host.Get_size()
         shares = _cuts(values.size, self._lanes) + [values.size] * (members - self._lanes)
         if members > 1:
-            self._reduce_scatter(self._host, values, shares, op)
+            self._reduce_scatter(self._host, values, shares, op, source)
         if self._lane != self._mpi.COMM_NULL and self._lane.Get_size() > 1:
             lane = self._host.Get_rank()
             share = values[shares[lane] : shares[lane + 1]]
@@ -109,7 +116,7 @@ class Group:
                 self._lane.Allreduce(self._mpi.IN_PLACE, share, self._operation(op))
             else:
                 parts = _cuts(share.size, self._lane.Get_size())
-                self._reduce_scatter(self._lane, share, parts, op)
+                self._reduce_scatter(self._lane, share, parts, op, share)
                 self._gather(self._lane, share, parts)
         if members > 1:
             self._gather(self._host, values, shares)
@@ -121,15 +128,18 @@ class Group:
     def _operation(self, op: str) -> Any:
         return getattr(self._mpi, {"min": "MIN", "max": "MAX", "product": "PROD"}.get(op, "SUM"))
 
-    def _reduce_scatter(self, comm: Any, values: Array, cuts: Sequence[int], op: str) -> None:
-        """Reduce each rank's stretch of ``values`` in place on that rank."""
+    def _reduce_scatter(
+        self, comm: Any, values: Array, cuts: Sequence[int], op: str, source: Array
+    ) -> None:
+        """Reduce each rank's stretch of ``source`` into ``values``, its own or others, there."""
         me, size = comm.Get_rank(), comm.Get_size()
         mine = values[cuts[me] : cuts[me + 1]]
         if self._knows(values):
-            result = np.empty_like(mine)
             counts = [b - a for a, b in pairwise(cuts)]
-            comm.Reduce_scatter(values, result, counts, self._operation(op))
-            mine[...] = result
+            result = np.empty_like(mine) if source is values else mine
+            comm.Reduce_scatter(source, result, counts, self._operation(op))
+            if result is not mine:
+                mine[...] = result
             return
         every = np.empty((size, mine.size), values.dtype)
         width = values.dtype.itemsize
