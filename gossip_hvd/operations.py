@@ -271,21 +271,25 @@ class Operations:
             try:
                 last = time.monotonic()
                 while not handle.done and time.monotonic() - last < HELP:
-                    with put_off():
-                        moved = self._advance(briefly=True)
-                    if moved:
+                    if self._advance_unparted():
                         last = time.monotonic()
                     elif self._agreed or self._ended is not None:
                         break
                     else:
                         os.sched_yield()
-            except BaseException as error:
-                self._end(error)
-                raise
             finally:
                 self._turn.release()
         if self._busy:
             self._work.set()
+
+    def _advance_unparted(self) -> bool:
+        """On a thread that an interrupt may strike: do all that can be done soon, or end."""
+        with put_off():
+            try:
+                return self._advance(briefly=True)
+            except BaseException as error:
+                self._end(error)
+                raise
 
     def _advance(self, briefly: bool = False) -> bool:
         """Tell, hear and carry out what there is now; whether there was anything.

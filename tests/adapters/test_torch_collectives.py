@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import random
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -388,3 +391,27 @@ def test_threads_that_wait_share_the_work_with_ours(me: Rank) -> None:
     with ThreadPoolExecutor(3) as threads:
         results = list(threads.map(work, range(3)))
     assert results == [[i + (me.size - 1) / 2 for i in range(30)]] * 3
+
+
+@on_ranks([Job(2), Job(4, "node", 2)])
+def test_an_interrupt_of_who_does_the_work_loses_nothing(me: Rank) -> None:
+    caught = 0
+    for i in range(40):
+        if me.rank == 0:
+            time.sleep(0.004)
+        found = np.ones(1)
+        handle = session.current().operations.submit(
+            "allreduce", f"interrupted {i}", [found], [(1,)], [found], awaited=True, op="sum"
+        )
+        try:
+            if me.rank == me.size - 1:
+                timer = threading.Timer(1e-4 * i, os.kill, (os.getpid(), signal.SIGINT))
+                timer.start()
+                handle.wait()
+                timer.join()
+                time.sleep(1.0)
+        except KeyboardInterrupt:
+            caught += 1
+        handle.wait()
+        assert found.tolist() == [me.size]
+    assert caught == (40 if me.rank == me.size - 1 else 0)
