@@ -1,7 +1,8 @@
 """The arithmetic of reductions: sum, mean, minimum, maximum and product of one array a rank.
 
 Arrays are combined in the order of ranks, so the result does not depend on who computes it.
-16-bit floats are combined in float32, everything else in its own dtype.
+16-bit floats are combined in float32, everything else in its own dtype. What is too large becomes
+infinite without a word, as it does in MPI and in Horovod.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ UFUNCS = {
 }
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def combine(op: str, rows: Sequence[Array], out: Array) -> None:
     """``out ← rows[0] ∘ rows[1] ∘ …``; a mean is only summed here, see ``scale``.
 
@@ -50,6 +52,7 @@ def combine(op: str, rows: Sequence[Array], out: Array) -> None:
         out[start:stop] = total
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def scale(values: Array, factor: float, divisor: int = 1) -> None:
     """``values ← values · factor / divisor``, in place; whole numbers lose their fraction."""
     if factor == 1.0 and divisor == 1:

@@ -366,3 +366,14 @@ def test_a_mean_of_whole_numbers_is_exact_where_it_exists() -> None:
     values = np.array([7, -7], np.int64)
     scale(values, 1.0, 2)
     assert values.tolist() == [3, -3]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
+def test_what_is_too_large_becomes_infinite_in_silence(dtype: str) -> None:
+    """Where warnings are errors, as here, one would end the thread that computes."""
+    values = np.full(3, 60_000 if dtype == "float16" else 3e38, dtype_of(dtype))
+    scale(values, 1e300)
+    assert not np.isfinite(values).any() or dtype == "float64"
+    combine("sum", [values, values], values)
+    scale(values, 1e300)
+    assert not np.isfinite(values).any()
