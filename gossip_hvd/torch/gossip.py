@@ -104,7 +104,8 @@ class TorchGossip(Gossip):
 
         The mean is taken over the ranks of the node that report one.
         """
-        self._loss.report(loss)
+        if self.method.needs_loss:
+            self._loss.report(loss)
 
     def trains(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter is gossiped."""
