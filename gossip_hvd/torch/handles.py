@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import horovod.torch as horovod
@@ -30,11 +30,12 @@ OPS = {
     horovod.Product: "product",
 }
 
-SPIN = 1e-2
-"""Seconds for which a wait for Horovod gives its core away only to who asks for it, ..."""
+SPIN, CROWDED = 1e-2, 1e-3
+"""Seconds for which a wait for Horovod gives its core away only to who asks for it: where every
+rank of this host may have one, and where not. Horovod's own wait never sleeps."""
 
 PAUSE = 5e-5
-"""... and between two looks afterwards. Horovod's own wait never sleeps, on busy machines too."""
+"""Seconds between two looks afterwards."""
 
 Tensors = Sequence[torch.Tensor]
 
@@ -95,15 +96,20 @@ def watched(handle: int, facts: Callable[[], Facts]) -> Any:
         facts: says who waits for whom; not asked where there is nothing to wait for.
     """
     if not horovod.poll(handle):
-        begun = time.monotonic()
+        until = time.monotonic() + _spin(session.current().world.local_size)
         with waiting(facts()) as wait:
             while not horovod.poll(handle):
                 wait.check()
-                if time.monotonic() - begun < SPIN:
+                if time.monotonic() < until:
                     os.sched_yield()
                 else:
                     time.sleep(PAUSE)
     return horovod.synchronize(handle)
+
+
+@lru_cache
+def _spin(ranks: int) -> float:
+    return SPIN if ranks <= (os.cpu_count() or 1) else CROWDED
 
 
 def begin(
