@@ -43,10 +43,12 @@ def seconds(hvd: Any, elements: int, patience: float) -> float:
     return statistics.median(times[len(times) // 4 :])
 
 
-def measure(hvd: Any, start: Callable[[], None], patience: float) -> dict[str, float]:
+def measure(
+    hvd: Any, start: Callable[[], None], sizes: list[str], patience: float
+) -> dict[str, float]:
     """One turn: start, measure every size, stop."""
     start()
-    found = {name: seconds(hvd, elements, patience) for name, elements in SIZES.items()}
+    found = {name: seconds(hvd, SIZES[name], patience) for name in sizes}
     hvd.barrier()
     hvd.shutdown()
     return found
@@ -57,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each size and turn")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--node-size", type=int, help="ranks of a virtual node")
     parser.add_argument("--json", help="file for the figures")
     asked = parser.parse_args()
@@ -71,12 +74,14 @@ def main() -> None:
     }
     rows: list[dict[str, dict[str, float]]] = []
     for _ in range(asked.repeats):
-        rows.append({who: measure(*turn, asked.seconds) for who, turn in turns.items()})
+        rows.append(
+            {who: measure(*turn, asked.sizes, asked.seconds) for who, turn in turns.items()}
+        )
         comm.Barrier()
     if comm.Get_rank():
         return
     print(f"{comm.Get_size()} ranks, {asked.repeats} repeats, milliseconds (median) and ratio")
-    for name in SIZES:
+    for name in asked.sizes:
         theirs = statistics.median(row["horovod"][name] for row in rows)
         mine = statistics.median(row["gossip_hvd"][name] for row in rows)
         ratios = sorted(row["gossip_hvd"][name] / row["horovod"][name] for row in rows)
