@@ -105,7 +105,7 @@ print('trouble at', time.time(), flush=True)
 model(torch.ones(4, 3)).sum().backward()
 optimizer.step()
 """
-    outcome = ends(body, 4, environ=STALL)
+    outcome = ends(body, 4, environ=LONG)
     assert "ConfigError" in outcome.err
     assert "needs the loss: call optimizer.gossip.report_loss(loss) before backward" in outcome.err
 
