@@ -11,7 +11,7 @@ import functools
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as horovod
@@ -70,8 +70,8 @@ class TorchGossip(Gossip):
         kind = type(optimizer).__name__
         super().__init__(current, method.fitted(kind), options, {"optimizer": kind, **facts})
         self._optimizer = weakref.ref(optimizer)
-        self._named, self._segments = list(named), segments
         self.names = {p: name for name, p in named}
+        self._segments = segments
         self._depth, self._skipping = 0, False
         self._polling: dict[int, Any] = {}
         self.shadows = Shadows(self, lambda: self._live())
@@ -109,7 +109,7 @@ class TorchGossip(Gossip):
 
     def trains(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter is gossiped."""
-        return any(p is parameter and p.requires_grad for _, p in self._named)
+        return parameter in self.names and parameter.requires_grad
 
     def state_dict(self, *, drain: bool = False) -> dict[str, Any]:
         """See ``Gossip.state_dict``; arrays are tensors, as ``torch.save`` likes them."""
@@ -131,14 +131,12 @@ class TorchGossip(Gossip):
 
     def adopt(self, parameters: Sequence[torch.Tensor]) -> None:
         """Train parameters that the optimizer has been given later; all ranks alike."""
-        known = {id(p) for _, p in self._named}
         names = {id(p): name for name, p in self.offered}
-        new = [p for p in parameters if id(p) not in known]
-        first = len(self._named)
+        new = [p for p in parameters if p not in self.names]
+        first = len(self.names)
         named = [(names.get(id(p), f"added.{first + i}"), p) for i, p in enumerate(new)]
-        _succeed(named)
+        _succeed(new)
         # The engine is made anew when the next backward ends, as for parameters unfrozen.
-        self._named += named
         self.names.update((p, name) for name, p in named)
         self._reduction.add(named)
 
@@ -149,12 +147,10 @@ class TorchGossip(Gossip):
         self._reduction.drop(ids)
         for key in ids & self._polling.keys():
             self._polling.pop(key).remove()
-        for _, p in self._named:
-            if id(p) in ids:
-                del self.names[p]
-        self._named = [(name, p) for name, p in self._named if id(p) not in ids]
+        for parameter in [p for p in self.names if id(p) in ids]:
+            del self.names[parameter]
         ended = self.session is not session.current()
-        if not ended and any(p.requires_grad for _, p in self._named):
+        if not ended and any(p.requires_grad for p in self.names):
             self._build()
             return
         self._attachment.remove()
@@ -194,7 +190,7 @@ class TorchGossip(Gossip):
         """
         begun = [
             begin("broadcast", [p], f"{self.key}.{name}", members, inplace=True, root=root)
-            for name, p in self._named
+            for p, name in self.names.items()
         ]
         for handle in begun:
             handle.synchronize()
@@ -210,7 +206,7 @@ class TorchGossip(Gossip):
             self._step = self.session.operations.step(self.key)
 
     def _at_end_of_backward(self) -> None:
-        if self._trained != [p.requires_grad for _, p in self._named]:
+        if self._trained != [p.requires_grad for p in self.names]:
             self._rebuild()
         if not self.delegated:
             paying = self._depth == 0 and self.engine.owed > self.options.staleness
@@ -233,7 +229,7 @@ class TorchGossip(Gossip):
         """The learning rate of every field."""
         groups = self._live().param_groups
         by_id = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-        by_name = {name: by_id[id(p)] for name, p in self._named}
+        by_name = {name: by_id[id(p)] for p, name in self.names.items()}
         return [by_name[field.name] for field in self.layout.fields]
 
     def _history(self, slot: str, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -299,17 +295,17 @@ class TorchGossip(Gossip):
 
     def _build(self) -> None:
         """Make layout, memory and engine for the parameters that want gradients now."""
-        trained = [(name, p) for name, p in self._named if p.requires_grad]
+        trained = [(name, p) for p, name in self.names.items() if p.requires_grad]
         if not trained:
             raise ConfigError("no parameter of this optimizer requires a gradient.")
         layout = _layout(trained, self._segments)
         if not hasattr(self, "engine"):
-            _succeed(self._named)
+            _succeed(self.names)
         by_name = dict(trained)
         parameters = [by_name[field.name] for field in layout.fields]
         self._memory = TorchMemory(layout, parameters, self.slots, self._history)
         self.build(layout, self._memory)
-        self._trained = [p.requires_grad for _, p in self._named]
+        self._trained = [p.requires_grad for p in self.names]
         if self.options.progress == "hooks":
             for parameter in parameters:
                 if id(parameter) not in self._polling:
@@ -323,7 +319,7 @@ class TorchGossip(Gossip):
         require_agreement(
             self.session.world,
             "parameters that require gradients",
-            {f"parameter {n!r}": p.requires_grad for n, p in self._named},
+            {f"parameter {n!r}": p.requires_grad for p, n in self.names.items()},
         )
         self._build()
 
@@ -364,14 +360,14 @@ class TorchGossip(Gossip):
             self._skipping = before
 
 
-def _succeed(named: Sequence[Named]) -> None:
+def _succeed(parameters: Iterable[torch.Tensor]) -> None:
     """Take parameters over from optimizers that were wrapped before; on all ranks at once."""
     if not any(running()):
         return
     gc.collect()  # Who is still running must not depend on when each rank's collector came by.
-    mine = {id(p) for _, p in named}
+    mine = {id(p) for p in parameters}
     for older in running():
-        if isinstance(older, TorchGossip) and (ids := mine & {id(p) for _, p in older._named}):
+        if isinstance(older, TorchGossip) and (ids := mine & {id(p) for p in older.names}):
             older.leave(ids)
 
 

@@ -31,8 +31,8 @@ class NodeLoss:
 
     def report(self, loss: float | torch.Tensor) -> None:
         """Keep this rank's for the next reduction; a later one takes its place."""
-        value = torch.as_tensor(loss, dtype=torch.float64).detach().to("cpu")
-        self._total = torch.stack([value.reshape(()), torch.ones_like(value).reshape(())])
+        self._total = torch.ones(2, dtype=torch.float64)
+        self._total[0] = torch.as_tensor(loss, dtype=torch.float64).detach()
 
     def begin(self) -> None:
         """Start to reduce what has been reported."""

@@ -86,9 +86,9 @@ class Group:
         """
         small = values.nbytes * self.size <= SMALL
         two_levels = not (small or self._one_host) and self._host.Get_size() > 1
-        if source is None or not (two_levels and self._knows(values)):
-            if source is not None and source is not values:
-                np.copyto(values, source)
+        source = values if source is None else source
+        if source is not values and not (two_levels and self._knows(values)):
+            np.copyto(values, source)
             source = values
         if self.size == 1 or not values.size:
             return
