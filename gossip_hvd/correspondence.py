@@ -51,6 +51,11 @@ class Correspondence:
         """Give the communicator back once all letters have left; collective."""
         self._post.free()
 
+    @property
+    def quiet(self) -> bool:
+        """Whether there is nothing to tell and nothing to hear; an interrupt may part this."""
+        return not self.new and not self._post.arrived()
+
     def announce(self) -> bool:
         """Tell the coordinator what has been asked for; whether there was anything."""
         requests = []

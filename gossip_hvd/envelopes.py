@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -45,9 +44,8 @@ T = TypeVar("T", Request, Response)
 
 def encode_requests(requests: Sequence[Request]) -> bytes:
     """A list of requests."""
-    return _letter(
-        [0] * len(requests), [r.values for r in requests], _request_text(tuple(requests))
-    )
+    text = _text(tuple(one.terms for one in requests))
+    return _letter([0] * len(requests), [one.values for one in requests], text)
 
 
 def decode_requests(sender: int, data: bytes) -> list[Request]:
@@ -68,12 +66,12 @@ def decode_requests(sender: int, data: bytes) -> list[Request]:
             raise _refused(
                 sender, data, f"{request.kind} with {len(part)} bytes in place of {size}"
             )
-    return [replace(r, values=v) if v else r for (r, _), v in zip(known, values, strict=True)]
+    return [r._replace(values=v) if v else r for (r, _), v in zip(known, values, strict=True)]
 
 
 def encode_responses(responses: Sequence[Response]) -> bytes:
     """A list of responses."""
-    text = _response_text(tuple(replace(one, order=0, values=b"") for one in responses))
+    text = _text(tuple((one.request.terms, *one[1:4]) for one in responses))
     return _letter([one.order for one in responses], [one.values for one in responses], text)
 
 
@@ -93,7 +91,7 @@ def decode_responses(sender: int, data: bytes) -> list[Response]:
             kind = response.request.kind
             raise _refused(sender, data, f"{kind} with {len(part)} bytes in place of {size}")
     return [
-        replace(one, order=order, values=value)
+        one._replace(order=order, values=value)
         for (one, _), order, value in zip(known, orders, values, strict=True)
     ]
 
@@ -141,9 +139,9 @@ def _parts(data: bytes) -> tuple[tuple[int, ...], list[bytes], bytes]:
     return head[:count], values, data[at:]
 
 
-@lru_cache(maxsize=256)
-def _request_text(requests: tuple[Request, ...]) -> bytes:
-    return _text([_plain(one) for one in requests])
+@lru_cache(maxsize=512)
+def _text(items: tuple[Any, ...]) -> bytes:
+    return json.dumps(items, separators=(",", ":")).encode()
 
 
 @lru_cache(maxsize=256)
@@ -157,26 +155,12 @@ def _requests(text: bytes) -> tuple[tuple[Request, int], ...]:
 
 
 @lru_cache(maxsize=256)
-def _response_text(responses: tuple[Response, ...]) -> bytes:
-    return _text([(_plain(one.request), one.error, one.rows, one.joined) for one in responses])
-
-
-@lru_cache(maxsize=256)
 def _responses(text: bytes) -> tuple[tuple[Response, int], ...]:
     found = [_response(one) for one in _list(json.loads(text))]
     for request in (one.request for one in found):
         if request.kind == "watch" and len(request.splits) != 2:
             raise ValueError(f"a response of watch with numbers {request.splits!r}")
     return tuple((one, 0 if one.error else _size(one.request)) for one in found)
-
-
-def _text(plain: list[Any]) -> bytes:
-    return json.dumps(plain, separators=(",", ":")).encode()
-
-
-def _plain(request: Request) -> tuple[Any, ...]:
-    """The fields that travel as text."""
-    return astuple(replace(request, values=b""))[:-1]
 
 
 def _size(request: Request) -> int:

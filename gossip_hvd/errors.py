@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 
 class GossipError(Exception):
@@ -43,13 +42,22 @@ class CheckpointError(GossipError, RuntimeError):
     """A checkpoint or saved state that cannot be written, or not be used; names which and why."""
 
 
-@contextmanager
-def failing_as(kind: type[Exception]) -> Iterator[None]:
-    """Raise an error of another kind, Horovod's say, where an operation of ours fails."""
-    try:
-        yield
-    except OperationError as error:
-        raise kind(str(error)) from error
+class FailingAs:
+    """Raises an error of another kind, Horovod's say, where an operation of ours fails."""
+
+    def __init__(self, kind: type[Exception]) -> None:
+        self._kind = kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OperationError):
+            raise self._kind(str(error)) from error
+
+
+failing_as = FailingAs
+"""``with failing_as(HorovodInternalError): …``"""
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:

@@ -28,6 +28,12 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
+@lru_cache(maxsize=32)
+def name_of(dtype: np.dtype[Any]) -> str:
+    """The name of a dtype; NumPy makes it anew each time."""
+    return str(dtype)
+
+
 def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype in which values of ``dtype`` are summed: at least float32."""
     return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)

@@ -11,7 +11,7 @@ back, for as many operations as are waiting; the smallest carry their values in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from gossip_hvd.joining import Joining
 from gossip_hvd.requests import Request, Response, agreed
@@ -120,6 +120,8 @@ class Coordinator:
         if ranks is None:
             self._fail(key, f"process set {key[0]} does not exist or has been removed.")
             return
+        if not self._gone and len(waiting.requests) + len(self._joining.order) < len(ranks):
+            return
         missing = self._missing(key)
         if self._gone.intersection(missing):
             what = f"{next(iter(waiting.requests.values())).kind} {key[1]!r}"
@@ -149,13 +151,13 @@ class Coordinator:
         if request.kind == "add_process_set":
             if request.splits in self.sets.values():
                 error = f"Attempted to add a duplicate process set: {list(request.splits)}"
-                return replace(response, error=error)
+                return response._replace(error=error)
             number, self._next_set = self._next_set, self._next_set + 1
             self.sets[number] = request.splits
-            return replace(response, rows=((number,),))
+            return response._replace(rows=((number,),))
         removed = request.kind == "remove_process_set"
         if removed and self.sets.pop(request.splits[0], None) is None:
-            return replace(response, error=f"There is no process set {request.splits[0]}.")
+            return response._replace(error=f"There is no process set {request.splits[0]}.")
         return response
 
     def _join(self, rank: int, request: Request) -> None:
@@ -198,7 +200,7 @@ class Coordinator:
 
     def _tell(self, ranks: tuple[int, ...], response: Response) -> None:
         self._order += 1
-        response = replace(response, order=self._order)
+        response = response._replace(order=self._order)
         for rank in ranks:
             self.outgoing[rank].append(response)
 
@@ -222,4 +224,4 @@ class Coordinator:
 
 
 def _bare(request: Request) -> Request:
-    return replace(request, shapes=(), dtypes=(), splits=())
+    return request._replace(shapes=(), dtypes=(), splits=(), values=b"")

@@ -25,7 +25,7 @@ from gossip_hvd.execution import Asked, Executor
 from gossip_hvd.handle import Handle
 from gossip_hvd.interrupts import put_off
 from gossip_hvd.joining import Steps
-from gossip_hvd.mixing import Array
+from gossip_hvd.mixing import Array, name_of
 from gossip_hvd.negotiation import SHUT_DOWN
 from gossip_hvd.requests import PLAIN, Request, Response
 from gossip_hvd.small import is_small, packed
@@ -117,7 +117,7 @@ class Operations:
             kind,
             name,
             shapes=tuple(tuple(int(n) for n in shape) for shape in shapes),
-            dtypes=given or tuple(str(values.dtype) for values in inputs),
+            dtypes=given or tuple(name_of(values.dtype) for values in inputs),
             **details,
         )
         awaited = awaited and is_small(request)
@@ -138,7 +138,7 @@ class Operations:
                     "tensor, use a different tensor name."
                 )
             self._asked[key] = asked
-            self._letters.new.append(packed(request, asked.inputs, self.rank))
+            self._letters.new.append(packed(request, inputs, self.rank))
         if not awaited:
             self._work.set()
         return handle
@@ -270,23 +270,22 @@ class Operations:
         if self._turn.acquire(blocking=False):
             try:
                 last = time.monotonic()
-                while not handle.done and time.monotonic() - last < HELP:
-                    if self._advance_unparted():
-                        last = time.monotonic()
-                    elif self._agreed or self._ended is not None:
-                        break
-                    else:
+                while not (handle.done or self._agreed) and time.monotonic() - last < HELP:
+                    if self._letters.quiet:
                         os.sched_yield()
+                    else:
+                        self._advance_unparted()
+                        last = time.monotonic()
             finally:
                 self._turn.release()
         if self._busy:
             self._work.set()
 
-    def _advance_unparted(self) -> bool:
+    def _advance_unparted(self) -> None:
         """On a thread that an interrupt may strike: do all that can be done soon, or end."""
         with put_off():
             try:
-                return self._advance(briefly=True)
+                self._advance(briefly=True)
             except BaseException as error:
                 self._end(error)
                 raise

@@ -52,11 +52,14 @@ def combine(op: str, rows: Sequence[Array], out: Array) -> None:
         out[start:stop] = total
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def scale(values: Array, factor: float, divisor: int = 1) -> None:
     """``values ← values · factor / divisor``, in place; whole numbers lose their fraction."""
-    if factor == 1.0 and divisor == 1:
-        return
+    if factor != 1.0 or divisor != 1:
+        _scale(values, factor, divisor)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _scale(values: Array, factor: float, divisor: int) -> None:
     if values.dtype.kind in "fc" and values.dtype.itemsize > 2:
         values *= values.dtype.type(factor / divisor)
         return

@@ -7,9 +7,8 @@ ranks are added.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 REDUCTIONS = ("allreduce", "reducescatter")
 KINDS = (
@@ -33,8 +32,7 @@ OPS = ("sum", "average", "min", "max", "product")
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What one rank wants to do.
 
     Attributes:
@@ -64,19 +62,24 @@ class Request:
     prescale: float = 1.0
     postscale: float = 1.0
     splits: tuple[int, ...] = ()
-    values: bytes = field(default=b"", compare=False)
+    values: bytes = b""
+
+    @property
+    def terms(self) -> tuple[Any, ...]:
+        """All fields but the values: what ranks must agree on, and what travels as text."""
+        return self[:-1]
 
 
 PLAIN: dict[str, Callable[[Any], Any]] = {"root": index, "prescale": float, "postscale": float}
 """Fields of a request that callers also give as NumPy's numbers, which cannot travel as text."""
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """What the coordinator tells the ranks of a process set to do next.
 
     Attributes:
-        request: as all agree; its first dimensions are one rank's where they may differ.
+        request: as all agree, without values; its first dimensions are one rank's where they may
+            differ.
         error: why nothing is done; empty where all is well.
         rows: for ``allgather`` one row a rank: the first dimension of each tensor; for
             ``alltoall`` one row a rank: its splits; for ``join`` the rank that came last; for
@@ -103,8 +106,9 @@ def disagreement(requests: Mapping[int, Request], ranks: Sequence[int]) -> str:
         ranks: world ranks of the process set, joined ones included.
     """
     first_rank, first = next(iter(requests.items()))
+    terms = first.terms
     for rank, other in requests.items():
-        if other is first and rank != first_rank:
+        if rank != first_rank and other.terms == terms:
             continue
         wrong = _difference(first, other) or _impossible(other, ranks)
         if wrong:
@@ -192,11 +196,11 @@ def agreed(requests: Mapping[int, Request], ranks: Sequence[int]) -> Response:
         requests: by world rank, what was announced under one name.
         ranks: world ranks of the process set.
     """
-    first = next(iter(requests.values()))
+    first = Request(*next(iter(requests.values())).terms)
     joined = tuple(rank for rank in ranks if rank not in requests)
     error = disagreement(requests, ranks)
     if error:
-        return Response(replace(first, shapes=(), dtypes=()), error, (), joined)
+        return Response(first._replace(shapes=(), dtypes=()), error, (), joined)
     rows: tuple[tuple[int, ...], ...] = ()
     if first.kind == "allgather":
         none = (0,) * len(first.shapes)

@@ -7,23 +7,28 @@ has all values when it knows that everybody has asked, and its answer holds the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import lru_cache
 from math import prod
 
 import numpy as np
 
 from gossip_hvd.mixing import Array, dtype_of
 from gossip_hvd.reductions import combine, scale
-from gossip_hvd.requests import Request, Response
+from gossip_hvd.requests import Request, Response, Shape
 
 FEW = 1024
 """Bytes of an operation up to which it travels so; letters stay far below MPI's eager limit."""
 
 
-def nbytes(request: Request) -> list[int]:
+def nbytes(request: Request) -> tuple[int, ...]:
     """Bytes of each tensor of an operation."""
-    each = zip(request.shapes, request.dtypes, strict=True)
-    return [prod(shape) * dtype_of(dtype).itemsize for shape, dtype in each]
+    return _nbytes(request.shapes, request.dtypes)
+
+
+@lru_cache(maxsize=1024)
+def _nbytes(shapes: Sequence[Shape], dtypes: Sequence[str]) -> tuple[int, ...]:
+    each = zip(shapes, dtypes, strict=True)
+    return tuple(prod(shape) * dtype_of(dtype).itemsize for shape, dtype in each)
 
 
 def is_small(request: Request) -> bool:
@@ -35,7 +40,7 @@ def packed(request: Request, inputs: Sequence[Array], rank: int) -> Request:
     """A request with this rank's values, where they travel with it."""
     if not is_small(request) or (request.kind == "broadcast" and request.root != rank):
         return request
-    return replace(request, values=b"".join(array.tobytes() for array in inputs))
+    return request._replace(values=b"".join(array.tobytes() for array in inputs))
 
 
 def answered(response: Response, requests: Mapping[int, Request], size: int) -> Response:
@@ -50,8 +55,8 @@ def answered(response: Response, requests: Mapping[int, Request], size: int) -> 
     if response.error or not is_small(request):
         return response
     if request.kind == "broadcast":
-        return replace(response, values=requests[request.root].values)
-    rows = [list(_unpacked(request, requests[rank].values)) for rank in sorted(requests)]
+        return response._replace(values=requests[request.root].values)
+    rows = [_unpacked(request, bytearray(requests[rank].values)) for rank in sorted(requests)]
     results = []
     for parts in zip(*rows, strict=True):
         for part in parts:
@@ -59,7 +64,7 @@ def answered(response: Response, requests: Mapping[int, Request], size: int) -> 
         combine(request.op, parts, parts[0])
         scale(parts[0], request.postscale, size if request.op == "average" else 1)
         results.append(parts[0].tobytes())
-    return replace(response, values=b"".join(results))
+    return response._replace(values=b"".join(results))
 
 
 def deliver(response: Response, outputs: Sequence[Array]) -> None:
@@ -68,8 +73,10 @@ def deliver(response: Response, outputs: Sequence[Array]) -> None:
         target[...] = values
 
 
-def _unpacked(request: Request, values: bytes) -> Iterator[Array]:
+def _unpacked(request: Request, values: bytes | bytearray) -> Iterator[Array]:
+    """Each tensor, where its values lie."""
     start = 0
     for dtype, size in zip(request.dtypes, nbytes(request), strict=True):
-        yield np.frombuffer(values[start : start + size], dtype_of(dtype)).copy()
+        kind = dtype_of(dtype)
+        yield np.frombuffer(values, kind, size // kind.itemsize, start)
         start += size

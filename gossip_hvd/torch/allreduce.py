@@ -99,12 +99,8 @@ def allreduce(
         HorovodInternalError: on every rank, where ranks asked for different things.
     """
     compressed, context = compression.compress(tensor)
-    reduced = _Allreduce.apply(  # type: ignore[no-untyped-call]
-        name,
-        (reduction(op, average), prescale_factor, postscale_factor, process_set),
-        False,
-        compressed,
-    )
+    how = reduction(op, average), prescale_factor, postscale_factor, process_set
+    reduced = _reduced(name, how, False, compressed)
     return compression.decompress(reduced, context)  # type: ignore[no-any-return]
 
 
@@ -179,12 +175,8 @@ def grouped_allreduce(
 ) -> list[torch.Tensor]:
     """The reductions of several tensors as one operation; gradients flow through it."""
     compressed, contexts = zip(*[compression.compress(t) for t in tensors], strict=True)
-    reduced = _Allreduce.apply(  # type: ignore[no-untyped-call]
-        name,
-        (reduction(op, average), prescale_factor, postscale_factor, process_set),
-        True,
-        *compressed,
-    )
+    how = reduction(op, average), prescale_factor, postscale_factor, process_set
+    reduced = _reduced(name, how, True, *compressed)
     return [compression.decompress(t, c) for t, c in zip(reduced, contexts, strict=True)]
 
 
@@ -238,13 +230,20 @@ def _begin(
     )
 
 
+def _reduced(name: str | None, how: Any, grouped: bool, *tensors: torch.Tensor) -> Any:
+    """The reduction, through autograd where somebody may ask for a gradient."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Allreduce.apply(name, how, grouped, *tensors)  # type: ignore[no-untyped-call]
+    return synchronize(_begin(tensors, name, *how, grouped=grouped, awaited=True))
+
+
 class _Allreduce(torch.autograd.Function):
     """One tensor, or a group of them; the backward reduces the gradients likewise."""
 
     @staticmethod
     def forward(ctx: Any, name: str | None, how: Any, grouped: bool, *tensors: Any) -> Any:
         ctx.how, ctx.grouped = how, grouped
-        return synchronize(_begin(tensors, name, *how, grouped=grouped, awaited=True))
+        return _reduced(name, how, grouped, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

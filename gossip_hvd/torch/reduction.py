@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,10 @@ NATIVE = {torch.float16, torch.float32, torch.float64}
 PAUSED = sys.maxsize
 """So many backward passes nobody makes."""
 
+BUNDLE = 1 << 20
+"""Bytes of neighbouring gradients that one operation reduces: each operation costs a hook's time
+and Horovod's, and a large one would start late."""
+
 
 @dataclass(frozen=True)
 class ReductionOptions:
@@ -39,11 +44,33 @@ class ReductionOptions:
 
 @dataclass
 class _Bundle:
-    """Parameters whose gradients are reduced by one Horovod operation."""
+    """Parameters whose gradients are reduced by one Horovod operation.
+
+    Attributes:
+        asked: whether the user wants just these together.
+        launched: while it is under way, what each operation reduces.
+    """
 
     members: list[Named]
+    asked: bool = False
     ready: set[int] = field(default_factory=set)
-    launched: Any = None
+    launched: list[_Launched] = field(default_factory=list)
+
+
+@dataclass
+class _Launched:
+    """One operation under way.
+
+    Attributes:
+        handles: Horovod's; indices and values of a sparse gradient have one each, and a node of
+            one rank has none.
+        members: whose gradients it reduces.
+        prepared: of each, what is reduced in place and how it was compressed.
+    """
+
+    handles: tuple[Any, ...]
+    members: list[Named]
+    prepared: list[tuple[torch.Tensor, Any]]
 
 
 class NodeReduction:
@@ -89,8 +116,9 @@ class NodeReduction:
         self._reduced: dict[int, torch.Tensor] = {}
         self.passes = options.backward_passes_per_step
         self._prefix, self._completed, self._begun = prefix, completed, begun
-        self._bundles = _bundles(named, options.groups)
+        self._bundles = _bundles(named, options)
         self._bundle_of = {id(p): b for b in self._bundles for _, p in b.members}
+        self._unhooked = [p for _, p in named]
         self.hooked: dict[int, Any] = {}
         self.weighing: dict[int, Any] = {}
         self._done_passes = 0
@@ -98,29 +126,26 @@ class NodeReduction:
         self._ending: Callable[[], object | None] = lambda: None
         self.hook_new()
 
-    @property
-    def parameters(self) -> Iterable[torch.Tensor]:
-        """All parameters, hooked or not."""
-        return (p for bundle in self._bundles for _, p in bundle.members)
-
     def add(self, named: Sequence[Named]) -> None:
         """Reduce the gradients of these parameters too, from now on."""
         for entry in named:
             bundle = _Bundle([entry])
             self._bundles.append(bundle)
             self._bundle_of[id(entry[1])] = bundle
+            self._unhooked.append(entry[1])
         self.hook_new()
 
     def hook_new(self) -> None:
         """Hook parameters that want gradients and have no hook yet; cheap to call often."""
-        for parameter in self.parameters:
-            if parameter.requires_grad and id(parameter) not in self.hooked:
+        for parameter in self._unhooked:
+            if parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
                 self.hooked[id(parameter)] = hook
                 if self._scale != 1.0:
                     # Each new gradient once: what was reduced before may still be in ``grad``.
                     weigh = parameter.register_hook(functools.partial(torch.mul, other=self._scale))  # type: ignore[no-untyped-call]
                     self.weighing[id(parameter)] = weigh
+        self._unhooked = [p for p in self._unhooked if id(p) not in self.hooked]
 
     def drop(self, ids: set[int]) -> None:
         """Leave these parameters alone from now on."""
@@ -128,6 +153,7 @@ class NodeReduction:
         for bundle in self._bundles:
             bundle.members = [(n, p) for n, p in bundle.members if id(p) not in ids]
         self._bundles = [bundle for bundle in self._bundles if bundle.members]
+        self._unhooked = [p for p in self._unhooked if id(p) not in ids]
         for hooks in (self.hooked, self.weighing):
             for key in ids & hooks.keys():
                 hooks.pop(key).remove()
@@ -160,7 +186,7 @@ class NodeReduction:
 
     def follow(self) -> None:
         """Take part in one reduction without data: with gradients of zero."""
-        for parameter in self.parameters:
+        for _, parameter in itertools.chain(*(bundle.members for bundle in self._bundles)):
             if parameter.requires_grad:
                 parameter.grad = self._zeros(parameter)
         self._done_passes = self.passes - 1
@@ -179,17 +205,15 @@ class NodeReduction:
             return
         bundle = self._bundle_of[id(parameter)]
         bundle.ready.add(id(parameter))
-        if bundle.launched is None and len(bundle.ready) == len(bundle.members):
+        if len(bundle.ready) == len(bundle.members) and not bundle.launched:
             self._launch(bundle)
 
     def _forget(self) -> None:
         """Drop what a backward that raised has left behind."""
         for bundle in self._bundles:
-            if bundle.launched is not None and bundle.launched[0] is not None:
-                handle = bundle.launched[0]
-                for one in handle if isinstance(handle, tuple) else (handle,):
-                    self._wait(one, bundle.members[0][0])
-            bundle.launched = None
+            for launched in bundle.launched:
+                self._wait(launched)
+            bundle.launched.clear()
             bundle.ready.clear()
 
     def _at_end_of_backward(self) -> None:
@@ -202,41 +226,46 @@ class NodeReduction:
         """Reduce every gradient, those under way included, and wait."""
         self._done_passes = 0
         self.hook_new()
-        waiting = [b for b in self._bundles if any(p.requires_grad for _, p in b.members)]
-        for bundle in waiting:
-            if bundle.launched is None:
+        for bundle in self._bundles:
+            if not bundle.launched and any(p.requires_grad for _, p in bundle.members):
                 self._launch(bundle)
         self._begun()
-        for bundle in waiting:
-            self._finish(bundle)
+        for bundle in self._bundles:
+            for launched in bundle.launched:
+                self._finish(launched)
+            bundle.launched.clear()
+            bundle.ready.clear()
         self._completed()
 
     def _launch(self, bundle: _Bundle) -> None:
         """Start to reduce; a gradient that this rank did not compute counts as zero."""
-        members = bundle.members
-        if not all(p.requires_grad for _, p in members):
-            members = [(n, p) for n, p in members if p.requires_grad]
-        tensors, contexts = [], []
-        for name, parameter in members:
-            tensor, context = self._prepare(name, parameter)
-            tensors.append(tensor)
-            contexts.append(context)
-        handle = None
-        if self._process_set is not None:
-            name = f"{self._prefix}.{members[0][0]}"
-            if tensors[0].is_sparse:
-                handle = sparse.begin(tensors[0], name, self._process_set)
-            elif len(tensors) == 1:
-                handle = hvd.allreduce_async_(tensors[0], name=name, **self._arguments)
-            else:
-                handle = hvd.grouped_allreduce_async_(tensors, name=name, **self._arguments)
-        bundle.launched = (handle, members, tensors, contexts)
+        members = [(n, p) for n, p in bundle.members if p.requires_grad]
+        prepared = [self._prepare(*member) for member in members]
+        if any(tensor.is_sparse for tensor, _ in prepared):
+            parts = [([member], [one]) for member, one in zip(members, prepared, strict=True)]
+        else:
+            parts = [(members, prepared)]
+        for part in parts:
+            bundle.launched.append(_Launched(self._begin(*part), *part))
+
+    def _begin(
+        self, members: list[Named], prepared: list[tuple[torch.Tensor, Any]]
+    ) -> tuple[Any, ...]:
+        if self._process_set is None:
+            return ()
+        name, tensor = f"{self._prefix}.{members[0][0]}", prepared[0][0]
+        if tensor.is_sparse:
+            return sparse.begin(tensor, name, self._process_set)
+        if len(prepared) == 1:
+            return (hvd.allreduce_async_(tensor, name=name, **self._arguments),)
+        tensors = [tensor for tensor, _ in prepared]
+        return (hvd.grouped_allreduce_async_(tensors, name=name, **self._arguments),)
 
     def _prepare(self, name: str, parameter: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """What Horovod reduces in place for one gradient."""
-        if parameter.grad is None:
-            parameter.grad = self._zeros(parameter)
         gradient = parameter.grad
+        if gradient is None:
+            gradient = parameter.grad = self._zeros(parameter)
         if self._reduced.get(id(parameter)) is gradient:
             raise ConfigError(
                 f"the gradient of {name!r} was summed already and has grown since: a second sum "
@@ -245,10 +274,11 @@ class NodeReduction:
             )
         if gradient.is_sparse:
             self._sparse[id(parameter)] = gradient.sparse_dim()
-            if self.options.sparse_as_dense:
-                gradient = parameter.grad = gradient.to_dense()
-        if gradient.is_sparse:
-            if len(self._bundle_of[id(parameter)].members) > 1:
+        if gradient.is_sparse and self.options.sparse_as_dense:
+            gradient = parameter.grad = gradient.to_dense()
+        elif gradient.is_sparse:
+            bundle = self._bundle_of[id(parameter)]
+            if bundle.asked and len(bundle.members) > 1:
                 raise ValueError(
                     f"the gradient of {name!r} is sparse, which a group cannot hold: leave it out "
                     "of groups, or pass sparse_as_dense=True to DistributedOptimizer."
@@ -262,30 +292,27 @@ class NodeReduction:
         compressed, context = self.options.compression.compress(tensor)
         return compressed.contiguous(), context
 
-    def _finish(self, bundle: _Bundle) -> None:
-        handle, members, tensors, contexts = bundle.launched
-        bundle.launched = None
-        bundle.ready.clear()
-        if isinstance(handle, tuple):
-            ((name, parameter),) = members
-            indices, values = (self._wait(part, name) for part in handle)
-            divisor = self._process_set.size() if self.options.op == hvd.Average else 1
-            parameter.grad = sparse.added(indices, values, divisor, parameter)
-            handle = None
-        elif handle is not None:
-            self._wait(handle, members[0][0])
-        for (_, parameter), tensor, context in zip(members, tensors, contexts, strict=True):
-            gradient = parameter.grad
-            if handle is not None and tensor is not gradient:
+    def _finish(self, launched: _Launched) -> None:
+        results = self._wait(launched)
+        for (_, parameter), (tensor, context) in zip(
+            launched.members, launched.prepared, strict=True
+        ):
+            if len(results) == 2:
+                indices, values = results
+                divisor = self._process_set.size() if self.options.op == hvd.Average else 1
+                parameter.grad = sparse.added(indices, values, divisor, parameter)
+            gradient: Any = parameter.grad
+            if len(results) == 1 and tensor is not gradient:
                 target = torch.view_as_real(gradient) if gradient.is_complex() else gradient
                 result = self.options.compression.decompress(tensor, context)
                 if result.data_ptr() != target.data_ptr():
                     target.copy_(result)
             dims = self._sparse.get(id(parameter))
             if dims is not None and not gradient.is_sparse:
-                parameter.grad = gradient.to_sparse(dims)  # the optimizer may know no other kind
+                # The optimizer may know no other kind.
+                gradient = parameter.grad = gradient.to_sparse(dims)
             if self.options.op == hvd.Sum:
-                self._reduced[id(parameter)] = parameter.grad
+                self._reduced[id(parameter)] = gradient
 
     def _zeros(self, parameter: torch.Tensor) -> torch.Tensor:
         """A gradient of zero, of the kind that the others have."""
@@ -294,8 +321,12 @@ class NodeReduction:
             return torch.zeros_like(parameter)
         return sparse.nothing(parameter, dims)
 
-    def _wait(self, handle: int, name: str) -> Any:
-        return watched(handle, lambda: self._siblings(f"average the gradient of {name!r}"))
+    def _wait(self, launched: _Launched) -> list[Any]:
+        """What the handles give."""
+        facts = functools.partial(
+            self._siblings, f"average the gradient of {launched.members[0][0]!r}"
+        )
+        return [watched(handle, facts) for handle in launched.handles]
 
 
 def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
@@ -304,18 +335,29 @@ def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], N
     PyTorch keeps hooks of a parameter where Python's collector cannot see them, so one that held
     its object, which holds the parameter, would keep both for ever.
     """
-    weak = weakref.WeakMethod(method)
+    weak, function = weakref.ref(method.__self__), method.__func__  # type: ignore[attr-defined]
 
     def hook(parameter: torch.Tensor) -> None:
         if (alive := weak()) is not None:
-            alive(parameter)
+            function(alive, parameter)
 
     return hook
 
 
-def _bundles(named: Sequence[Named], groups: Sequence[Sequence[str]]) -> list[_Bundle]:
-    """The user's groups, and every other parameter alone."""
+def _bundles(named: Sequence[Named], options: ReductionOptions) -> list[_Bundle]:
+    """The user's groups, and all other parameters by neighbours of one dtype and device."""
     by_name = dict(named)
-    grouped = {name for group in groups for name in group}
-    bundles = [_Bundle([(name, by_name[name]) for name in group]) for group in groups]
-    return bundles + [_Bundle([(n, p)]) for n, p in named if n not in grouped]
+    bundles = [_Bundle([(name, by_name[name]) for name in group], True) for group in options.groups]
+    grouped = {name for group in options.groups for name in group}
+    kind: object = None
+    room = 0
+    for name, parameter in named:
+        if name in grouped:
+            continue
+        before, kind = kind, (parameter.dtype, parameter.device)
+        room -= parameter.nbytes
+        if room < 0 or kind != before or options.op == hvd.Adasum:
+            bundles.append(_Bundle([]))
+            room = BUNDLE - parameter.nbytes
+        bundles[-1].members.append((name, parameter))
+    return bundles

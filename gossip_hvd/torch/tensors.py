@@ -70,11 +70,9 @@ def restored(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def array_of(tensor: torch.Tensor) -> Array:
     """A staged tensor's memory as a 1-D array."""
-    flat = tensor.reshape(-1)
-    if flat.dtype == torch.bfloat16:
-        return flat.view(torch.int16).numpy().view(BFLOAT16)
-    array: Array = flat.numpy()
-    return array
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().reshape(-1).view(BFLOAT16)
+    return tensor.numpy().reshape(-1)
 
 
 def tensor_of(array: Array, shape: Any) -> torch.Tensor:

@@ -126,7 +126,12 @@ class Post:
         """Start to send; the letter is kept until it has left."""
         self._sending = [pair for pair in self._sending if not pair[0].Test()]
         request = self._comm.Isend([letter, self._mpi.BYTE], peer)
-        self._sending.append((request, letter))
+        if not request.Test():  # What is small has left at once.
+            self._sending.append((request, letter))
+
+    def arrived(self) -> bool:
+        """Whether there is a letter to receive; changes nothing."""
+        return bool(self._comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG))
 
     def receive(self) -> tuple[int, bytes] | None:
         """The sender and the text of one letter that has arrived."""
