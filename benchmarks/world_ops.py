@@ -24,7 +24,7 @@ import torch
 import gossip_hvd.torch as ours
 from gossip_hvd.transport import mpi
 
-SIZES = {"4 B": 1, "64 KB": 1 << 14, "1 MB": 1 << 18, "34 MB": 34 * (1 << 18)}
+SIZES = {"4 B": 1, "64 KB": 1 << 14, "1 MB": 1 << 18, "4 MB": 1 << 20, "34 MB": 34 * (1 << 18)}
 
 
 def seconds(hvd: Any, elements: int, patience: float) -> float:

@@ -14,7 +14,7 @@ from ranks import Job, on_ranks
 from gossip_hvd.mixing import dtype_of
 from gossip_hvd.reductions import combine
 from gossip_hvd.transport import mpi
-from gossip_hvd.transport.group import Group
+from gossip_hvd.transport.group import LARGE, Group
 
 HOSTS = {
     1: ["a"],
@@ -69,9 +69,26 @@ def test_allreduce(me: Rank) -> None:
 
 
 @on_ranks(JOBS, bare=True)
+def test_a_large_allreduce_goes_around_the_hosts(me: Rank) -> None:
+    for group in groups(me):
+        for dtype in ("float32", "float64", "int32", "bfloat16"):
+            kind = dtype_of(dtype)
+            for length in (LARGE // kind.itemsize, LARGE // kind.itemsize + 5):
+                for op in ("sum", "max") if dtype == "float32" else ("sum",):
+                    found, source = (values(me.rank, length, dtype) for _ in range(2))
+                    expected = reduced(range(me.size), length, dtype, op)
+                    group.allreduce(found, op)
+                    assert np.array_equal(found, expected), (length, dtype, op)
+                    found.fill(0)
+                    group.allreduce(found, op, source)
+                    assert np.array_equal(found, expected), (length, dtype, op)
+                    assert np.array_equal(source, values(me.rank, length, dtype)), "it was changed"
+
+
+@on_ranks(JOBS, bare=True)
 def test_allreduce_gives_every_rank_the_same_bits(me: Rank) -> None:
     for group in groups(me):
-        for length in (5, 40_001):
+        for length in (5, 40_001, 300_001):
             for dtype in ("float32", "float16", "complex64"):
                 found = np.random.default_rng(me.rank).normal(size=length).astype(dtype)
                 group.allreduce(found, "sum")

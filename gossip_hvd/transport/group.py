@@ -3,14 +3,17 @@
 An all-reduce of M bytes: the ranks of a host scatter-reduce (every carrying rank ends with one
 share), the carriers of equal shares all-reduce across hosts, the host gathers. Bytes a host sends
 to others: 2M(n−1)/n for n hosts, on as many connections as the smallest host has ranks; a flat
-ring over all p ranks would send 2M(p−1)/p. What is small goes in one step over all ranks instead.
-Additions are MPI's where it knows the dtype, else ours. Calls block, release the interpreter, and
-belong to one thread. Hosts are physical: virtual nodes of one machine are one host.
+ring over all p ranks would send 2M(p−1)/p. What is large goes so in n chunks, around a ring of
+hosts, and each chunk is reduced in the host just before it leaves, so that links seldom wait for
+memory. What is small goes in one step over all ranks instead. Additions are MPI's where it knows
+the dtype, else ours. Calls block, release the interpreter, and belong to one thread. Hosts are
+physical: virtual nodes of one machine are one host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 SMALL = 1 << 16
 """Bytes over all ranks up to which one step beats several that each carry less."""
+
+LARGE = 1 << 20
+"""Bytes of an all-reduce from which chunks travel while others are reduced or handed out."""
 
 LARGEST = 1 << 28
 """Elements that one all-reduce takes at once; MPI counts in 31 bits."""
@@ -54,7 +60,8 @@ class Group:
         home, place = self._homes[self.rank], self._places[self.rank]
         self._host = self._comm.Split(home, self.rank)
         self._lane = self._comm.Split(place if place < self._lanes else mpi.UNDEFINED, home)
-        self._one_host = len(names) == 1
+        self._spread = len(names)  # hosts
+        self._one_host = self._spread == 1
 
     def part(self, ranks: Sequence[int]) -> Group:
         """Some of these ranks as a group of their own; collective over those.
@@ -105,8 +112,11 @@ class Group:
                 self._allreduce(part, op, taken)
 
     def _allreduce(self, values: Array, op: str, source: Array) -> None:
-        members = self._host.Get_size()
-        shares = _cuts(values.size, self._lanes) + [values.size] * (members - self._lanes)
+        large = values.nbytes >= LARGE and self._knows(values)
+        if large and self.size > self._spread:
+            self._ring(values, op, source)
+            return
+        members, shares = self._host.Get_size(), self._shares(values.size)
         if members > 1:
             self._reduce_scatter(self._host, values, shares, op, source)
         if self._lane != self._mpi.COMM_NULL and self._lane.Get_size() > 1:
@@ -120,6 +130,58 @@ class Group:
                 self._gather(self._lane, share, parts)
         if members > 1:
             self._gather(self._host, values, shares)
+
+    def _ring(self, values: Array, op: str, source: Array) -> None:
+        """Reduce around the ring of n hosts, in as many chunks, and hand the sums on likewise.
+
+        In step s host h sends chunk h − s to host h + 1, and adds to its own chunk h − s − 1 what
+        host h − 1 sends; after n − 1 steps it has all of chunk h + 1.
+        """
+        hosts, me, place = self._spread, self._homes[self.rank], self._host.Get_rank()
+        cuts = _cuts(values.size, hosts)
+        chunks = [values[a:b] for a, b in pairwise(cuts)]
+        sources = [source[a:b] for a, b in pairwise(cuts)]
+        shares = [self._shares(chunk.size) for chunk in chunks]
+        mine = [c[s[place] : s[place + 1]] for c, s in zip(chunks, shares, strict=True)]
+        room = np.empty(max(map(len, mine)), values.dtype)
+
+        def reduce(c: int) -> None:
+            self._reduce_scatter(self._host, chunks[c], shares[c], op, sources[c])
+
+        def gather(c: int) -> None:
+            self._gather(self._host, chunks[c], shares[c])
+
+        reduce(me)
+        for step in range(hosts - 1):
+            leaving, coming = (me - step) % hosts, (me - step - 1) % hosts
+            received = room[: mine[coming].size]
+            with self._travelling(mine[leaving], received):
+                reduce(coming)
+            combine(op, [mine[coming], received], mine[coming])
+        for step in range(hosts - 1):
+            leaving, coming = (me + 1 - step) % hosts, (me - step) % hosts
+            with self._travelling(mine[leaving], mine[coming]):
+                gather(leaving)
+        gather((me + 2) % hosts)
+
+    @contextmanager
+    def _travelling(self, leaving: Array, coming: Array) -> Iterator[None]:
+        """Within it one array goes to the next host of the ring, and one comes from the last."""
+        if self._lane == self._mpi.COMM_NULL:
+            yield
+            return
+        hosts, me = self._lane.Get_size(), self._lane.Get_rank()
+        requests = [
+            self._lane.Irecv(self._raw(coming), (me - 1) % hosts),
+            self._lane.Isend(self._raw(leaving), (me + 1) % hosts),
+        ]
+        yield
+        self._mpi.Request.Waitall(requests)
+
+    def _shares(self, length: int) -> list[int]:
+        """Where the share of each rank of this host starts, and the end."""
+        others = self._host.Get_size() - self._lanes
+        return _cuts(length, self._lanes) + [length] * others
 
     def _knows(self, values: Array) -> bool:
         """Whether MPI can add these: it knows neither 16-bit floats nor sums of bools."""
@@ -211,8 +273,7 @@ class Group:
 
     def _broadcast(self, data: Bytes, root: int) -> None:
         """Scatter inside the root's host, each share to its carriers elsewhere, gather inside."""
-        members = self._host.Get_size()
-        cuts = _cuts(data.size, self._lanes) + [data.size] * (members - self._lanes)
+        cuts = self._shares(data.size)
         counts = [b - a for a, b in pairwise(cuts)]
         place, home = self._places[root], self._homes[root]
         me = self._host.Get_rank()
