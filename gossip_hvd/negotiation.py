@@ -121,7 +121,7 @@ class Coordinator:
             self._fail(key, f"process set {key[0]} does not exist or has been removed.")
             return
         if not self._gone and len(waiting.requests) + len(self._joining.order) < len(ranks):
-            return
+            return  # Too few to be all, which is cheaper than asking who is missing.
         missing = self._missing(key)
         if self._gone.intersection(missing):
             what = f"{next(iter(waiting.requests.values())).kind} {key[1]!r}"

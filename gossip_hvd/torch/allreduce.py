@@ -247,5 +247,5 @@ class _Allreduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        reduced = _Allreduce.apply(None, ctx.how, ctx.grouped, *gradients)  # type: ignore[no-untyped-call]
+        reduced = _reduced(None, ctx.how, ctx.grouped, *gradients)
         return (None, None, None, *(reduced if ctx.grouped else (reduced,)))

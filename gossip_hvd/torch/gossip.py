@@ -64,6 +64,7 @@ class TorchGossip(Gossip):
             "reduction": reduction,
             "segments": segments if not callable(segments) else "a function",
             "the number of parameters": len(named),
+            "the devices of parameters": _devices(p for _, p in named),
         }
         for name, p in named:
             facts[f"parameter {name!r}"] = f"{tuple(p.shape)} {p.dtype} grad={p.requires_grad}"
@@ -369,6 +370,13 @@ def _succeed(parameters: Iterable[torch.Tensor]) -> None:
     for older in running():
         if isinstance(older, TorchGossip) and (ids := mine & {id(p) for p in older.names}):
             older.leave(ids)
+
+
+def _devices(parameters: Iterable[torch.Tensor]) -> str:
+    """How parameters are spread, whatever a rank's devices are called: ``"0 0 1"`` over two."""
+    seen: dict[torch.device, int] = {}
+    places = [seen.setdefault(p.device, len(seen)) for p in parameters]
+    return " ".join(map(str, places)) if len(seen) > 1 else "one"
 
 
 def _layout(trained: Sequence[Named], segments: Segments) -> Layout:

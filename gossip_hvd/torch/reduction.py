@@ -210,11 +210,8 @@ class NodeReduction:
 
     def _forget(self) -> None:
         """Drop what a backward that raised has left behind."""
-        for bundle in self._bundles:
-            for launched in bundle.launched:
-                self._wait(launched)
-            bundle.launched.clear()
-            bundle.ready.clear()
+        for launched in self._taken():
+            self._wait(launched)
 
     def _at_end_of_backward(self) -> None:
         self._ending = lambda: None
@@ -230,12 +227,16 @@ class NodeReduction:
             if not bundle.launched and any(p.requires_grad for _, p in bundle.members):
                 self._launch(bundle)
         self._begun()
-        for bundle in self._bundles:
-            for launched in bundle.launched:
-                self._finish(launched)
-            bundle.launched.clear()
-            bundle.ready.clear()
+        for launched in self._taken():
+            self._finish(launched)
         self._completed()
+
+    def _taken(self) -> Iterator[_Launched]:
+        """What is under way, forgotten one by one: a wait that raises is not tried again."""
+        for bundle in self._bundles:
+            bundle.ready.clear()
+            while bundle.launched:
+                yield bundle.launched.pop(0)
 
     def _launch(self, bundle: _Bundle) -> None:
         """Start to reduce; a gradient that this rank did not compute counts as zero."""
@@ -297,12 +298,12 @@ class NodeReduction:
         for (_, parameter), (tensor, context) in zip(
             launched.members, launched.prepared, strict=True
         ):
-            if len(results) == 2:
+            gradient: Any = parameter.grad
+            if launched.handles and tensor.is_sparse:
                 indices, values = results
                 divisor = self._process_set.size() if self.options.op == hvd.Average else 1
-                parameter.grad = sparse.added(indices, values, divisor, parameter)
-            gradient: Any = parameter.grad
-            if len(results) == 1 and tensor is not gradient:
+                gradient = parameter.grad = sparse.added(indices, values, divisor, parameter)
+            elif launched.handles and tensor is not gradient:
                 target = torch.view_as_real(gradient) if gradient.is_complex() else gradient
                 result = self.options.compression.decompress(tensor, context)
                 if result.data_ptr() != target.data_ptr():
@@ -323,9 +324,9 @@ class NodeReduction:
 
     def _wait(self, launched: _Launched) -> list[Any]:
         """What the handles give."""
-        facts = functools.partial(
-            self._siblings, f"average the gradient of {launched.members[0][0]!r}"
-        )
+        first, last = launched.members[0][0], launched.members[-1][0]
+        which = f" of {first!r}" if first == last else f"s of {first!r} to {last!r}"
+        facts = functools.partial(self._siblings, f"average the gradient{which}")
         return [watched(handle, facts) for handle in launched.handles]
 
 
@@ -345,18 +346,21 @@ def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], N
 
 
 def _bundles(named: Sequence[Named], options: ReductionOptions) -> list[_Bundle]:
-    """The user's groups, and all other parameters by neighbours of one dtype and device."""
+    """The user's groups, and all other parameters by neighbours of one dtype and device.
+
+    Frozen ones by themselves: they would hold the others back.
+    """
     by_name = dict(named)
     bundles = [_Bundle([(name, by_name[name]) for name in group], True) for group in options.groups]
     grouped = {name for group in options.groups for name in group}
     kind: object = None
     room = 0
-    for name, parameter in named:
+    for name, parameter in sorted(named, key=lambda one: not one[1].requires_grad):
         if name in grouped:
             continue
-        before, kind = kind, (parameter.dtype, parameter.device)
+        before, kind = kind, (parameter.dtype, parameter.device, parameter.requires_grad)
         room -= parameter.nbytes
-        if room < 0 or kind != before or options.op == hvd.Adasum:
+        if room < 0 or kind != before:
             bundles.append(_Bundle([]))
             room = BUNDLE - parameter.nbytes
         bundles[-1].members.append((name, parameter))

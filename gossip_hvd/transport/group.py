@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 SMALL = 1 << 16
 """Bytes over all ranks up to which one step beats several that each carry less."""
 
-LARGE = 1 << 20
-"""Bytes of an all-reduce from which chunks travel while others are reduced or handed out."""
+LARGE = 1 << 18
+"""Bytes of a chunk, one a host, from which some travel while others are reduced or handed out."""
 
 LARGEST = 1 << 28
 """Elements that one all-reduce takes at once; MPI counts in 31 bits."""
@@ -89,11 +89,12 @@ class Group:
         Args:
             values: of one length and dtype on all ranks.
             op: see ``reductions.combine``.
-            source: what to reduce: by default ``values``, otherwise nowhere the same memory.
+            source: what to reduce: by default ``values``, otherwise not partly the same memory.
         """
         small = values.nbytes * self.size <= SMALL
         two_levels = not (small or self._one_host) and self._host.Get_size() > 1
-        source = values if source is None else source
+        if source is None or source.ctypes.data == values.ctypes.data:
+            source = values
         if source is not values and not (two_levels and self._knows(values)):
             np.copyto(values, source)
             source = values
@@ -112,7 +113,7 @@ class Group:
                 self._allreduce(part, op, taken)
 
     def _allreduce(self, values: Array, op: str, source: Array) -> None:
-        large = values.nbytes >= LARGE and self._knows(values)
+        large = values.nbytes >= LARGE * self._spread and self._knows(values)
         if large and self.size > self._spread:
             self._ring(values, op, source)
             return
@@ -140,16 +141,19 @@ class Group:
         hosts, me, place = self._spread, self._homes[self.rank], self._host.Get_rank()
         cuts = _cuts(values.size, hosts)
         chunks = [values[a:b] for a, b in pairwise(cuts)]
-        sources = [source[a:b] for a, b in pairwise(cuts)]
+        sources = chunks if source is values else [source[a:b] for a, b in pairwise(cuts)]
         shares = [self._shares(chunk.size) for chunk in chunks]
         mine = [c[s[place] : s[place + 1]] for c, s in zip(chunks, shares, strict=True)]
         room = np.empty(max(map(len, mine)), values.dtype)
+        alone = self._host.Get_size() == 1  # Such a host's source has been copied.
 
         def reduce(c: int) -> None:
-            self._reduce_scatter(self._host, chunks[c], shares[c], op, sources[c])
+            if not alone:
+                self._reduce_scatter(self._host, chunks[c], shares[c], op, sources[c])
 
         def gather(c: int) -> None:
-            self._gather(self._host, chunks[c], shares[c])
+            if not alone:
+                self._gather(self._host, chunks[c], shares[c])
 
         reduce(me)
         for step in range(hosts - 1):

@@ -25,6 +25,7 @@ from academic import (
     sgd,
     vector,
 )
+from horovod.common.exceptions import HorovodInternalError
 from rank import Rank
 from ranks import BOTH_SCOPES, ONE_NODE, Job, on_ranks
 
@@ -342,6 +343,48 @@ def test_gradients_of_neighbours_are_reduced_by_one_operation(me: Rank) -> None:
         torch.testing.assert_close(parameter.grad, torch.full_like(parameter, mean))
     optimizer.step()
     assert_nodes_equal(me, model)
+
+
+@on_ranks([Job(2, "node", 2), *TWO_BY_TWO])
+def test_a_reduction_that_fails_is_tried_again_by_the_next_backward(me: Rank) -> None:
+    def failing(handle: int, facts: Any) -> None:
+        watched(handle, facts)
+        raise HorovodInternalError("once")
+
+    model = torch.nn.Sequential(mlp(torch.float64), mlp(torch.float32))
+    optimizer = wrapped(model, method="allreduce")
+
+    def loss() -> torch.Tensor:
+        x = torch.full((2, 5), me.rank + 1.0)
+        return model[0](x.double()).sum() + model[1](x).sum()
+
+    loss().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        watched = reduction.watched
+        with (
+            mock.patch.object(reduction, "watched", failing),
+            pytest.raises(HorovodInternalError, match="once"),
+        ):
+            loss().backward()
+        optimizer.zero_grad()
+        loss().backward()
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+
+
+@on_ranks([*FEW, *ONE_NODE])
+def test_frozen_parameters_hold_nobody_back(me: Rank) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    for layer in model:
+        layer.bias.requires_grad_(False)
+    optimizer = wrapped(model, method="allreduce")
+    bundles = optimizer.gossip._reduction._bundles
+    assert [[name for name, _ in bundle.members] for bundle in bundles] == [
+        ["0.weight", "1.weight", "2.weight"],
+        ["0.bias", "1.bias", "2.bias"],
+    ]
 
 
 @on_ranks(FEW)
