@@ -71,7 +71,7 @@ def decode_requests(sender: int, data: bytes) -> list[Request]:
 
 def encode_responses(responses: Sequence[Response]) -> bytes:
     """A list of responses."""
-    text = _text(tuple((one.request.terms, *one[1:4]) for one in responses))
+    text = _text(tuple((r.request.terms, r.error, r.rows, r.joined) for r in responses))
     return _letter([one.order for one in responses], [one.values for one in responses], text)
 
 

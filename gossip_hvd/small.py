@@ -26,7 +26,7 @@ def nbytes(request: Request) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _nbytes(shapes: Sequence[Shape], dtypes: Sequence[str]) -> tuple[int, ...]:
+def _nbytes(shapes: tuple[Shape, ...], dtypes: tuple[str, ...]) -> tuple[int, ...]:
     each = zip(shapes, dtypes, strict=True)
     return tuple(prod(shape) * dtype_of(dtype).itemsize for shape, dtype in each)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -116,7 +115,7 @@ class NodeReduction:
         self._reduced: dict[int, torch.Tensor] = {}
         self.passes = options.backward_passes_per_step
         self._prefix, self._completed, self._begun = prefix, completed, begun
-        self._bundles = _bundles(named, options)
+        self._bundles = _bundles(named, options.groups)
         self._bundle_of = {id(p): b for b in self._bundles for _, p in b.members}
         self._unhooked = [p for _, p in named]
         self.hooked: dict[int, Any] = {}
@@ -186,9 +185,10 @@ class NodeReduction:
 
     def follow(self) -> None:
         """Take part in one reduction without data: with gradients of zero."""
-        for _, parameter in itertools.chain(*(bundle.members for bundle in self._bundles)):
-            if parameter.requires_grad:
-                parameter.grad = self._zeros(parameter)
+        for bundle in self._bundles:
+            for _, parameter in bundle.members:
+                if parameter.requires_grad:
+                    parameter.grad = self._zeros(parameter)
         self._done_passes = self.passes - 1
         self._at_end_of_backward()
 
@@ -252,6 +252,7 @@ class NodeReduction:
     def _begin(
         self, members: list[Named], prepared: list[tuple[torch.Tensor, Any]]
     ) -> tuple[Any, ...]:
+        """Hand gradients to Horovod; returns its handles."""
         if self._process_set is None:
             return ()
         name, tensor = f"{self._prefix}.{members[0][0]}", prepared[0][0]
@@ -324,10 +325,14 @@ class NodeReduction:
 
     def _wait(self, launched: _Launched) -> list[Any]:
         """What the handles give."""
+        facts = functools.partial(self._facts, launched)
+        return [watched(handle, facts) for handle in launched.handles]
+
+    def _facts(self, launched: _Launched) -> Facts:
+        """Who waits for whom; asked for only where there is something to wait for."""
         first, last = launched.members[0][0], launched.members[-1][0]
         which = f" of {first!r}" if first == last else f"s of {first!r} to {last!r}"
-        facts = functools.partial(self._siblings, f"average the gradient{which}")
-        return [watched(handle, facts) for handle in launched.handles]
+        return self._siblings(f"average the gradient{which}")
 
 
 def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
@@ -345,14 +350,14 @@ def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], N
     return hook
 
 
-def _bundles(named: Sequence[Named], options: ReductionOptions) -> list[_Bundle]:
+def _bundles(named: Sequence[Named], groups: Sequence[Sequence[str]]) -> list[_Bundle]:
     """The user's groups, and all other parameters by neighbours of one dtype and device.
 
     Frozen ones by themselves: they would hold the others back.
     """
     by_name = dict(named)
-    bundles = [_Bundle([(name, by_name[name]) for name in group], True) for group in options.groups]
-    grouped = {name for group in options.groups for name in group}
+    bundles = [_Bundle([(name, by_name[name]) for name in group], True) for group in groups]
+    grouped = {name for group in groups for name in group}
     kind: object = None
     room = 0
     for name, parameter in sorted(named, key=lambda one: not one[1].requires_grad):

@@ -61,7 +61,6 @@ class Group:
         self._host = self._comm.Split(home, self.rank)
         self._lane = self._comm.Split(place if place < self._lanes else mpi.UNDEFINED, home)
         self._spread = len(names)  # hosts
-        self._one_host = self._spread == 1
 
     def part(self, ranks: Sequence[int]) -> Group:
         """Some of these ranks as a group of their own; collective over those.
@@ -92,8 +91,8 @@ class Group:
             source: what to reduce: by default ``values``, otherwise not partly the same memory.
         """
         small = values.nbytes * self.size <= SMALL
-        two_levels = not (small or self._one_host) and self._host.Get_size() > 1
-        if source is None or source.ctypes.data == values.ctypes.data:
+        two_levels = not (small or self._spread == 1) and self._host.Get_size() > 1
+        if source is None or np.may_share_memory(source, values):
             source = values
         if source is not values and not (two_levels and self._knows(values)):
             np.copyto(values, source)
@@ -102,7 +101,7 @@ class Group:
             return
         for start in range(0, values.size, LARGEST):
             part = values[start : start + LARGEST]
-            if self._knows(values) and (small or self._one_host):
+            if self._knows(values) and (small or self._spread == 1):
                 self._comm.Allreduce(self._mpi.IN_PLACE, part, self._operation(op))
             elif small:
                 every = np.empty((self.size, part.size), part.dtype)
@@ -267,7 +266,7 @@ class Group:
         """Overwrite ``data`` with that of the rank at position ``root``."""
         if self.size == 1 or not data.size:
             return
-        if data.size * self.size <= SMALL or self._one_host or self._lanes == 1:
+        if data.size * self.size <= SMALL or self._spread == 1 or self._lanes == 1:
             for start in range(0, data.size, LARGEST):
                 part = data[start : start + LARGEST]
                 self._comm.Bcast([part, self._mpi.BYTE], root)

@@ -292,7 +292,7 @@ def test_gradients_that_are_summed_twice_are_refused(me: Rank) -> None:
         (model(x) - y).square().mean().backward()
         {"optimizer": optimizer, "model": model}.get(zero, torch.nn.Identity()).zero_grad()
         if zero == "nobody":
-            with pytest.raises(hvd.ConfigError, match=r"'\d\.(bias|weight)' was summed already"):
+            with pytest.raises(hvd.ConfigError, match=r"'0\.weight' was summed already"):
                 (model(x) - y).square().mean().backward()
             optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
